@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors and JSON only, complete and verified or not there."""

@@ -1,0 +1,1 @@
+"""Order, seeding and loading of data."""

@@ -1,0 +1,236 @@
+"""How a run draws its batches: each feed yields an epoch's batches from any position, in the order's arithmetic."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from stoker.data.order import Batches
+from stoker.data.seeding import SAMPLE, fold, seed_all
+from stoker.errors import UserError
+
+# Batches whose indices are computed at once: amortises the vectorised arithmetic to ~1 us a batch.
+_BLOCK_BATCHES = 256
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Feed(Protocol):
+    """Batches of an epoch, from any position."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
+        """Yield (batch, whether it is the epoch's last) from batch `start` on, reading nothing before it."""
+        ...
+
+    def close(self) -> None:
+        """Release workers."""
+        ...
+
+
+class WholeFeed:
+    """One object that is the batch of every step: an epoch is one step."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
+        yield self._batch, True
+
+    def close(self) -> None:
+        pass
+
+
+class Gathers(Protocol):
+    """In-memory data that can fetch many samples at once."""
+
+    def take(self, indices: torch.Tensor) -> Any:
+        """Gather rows."""
+        ...
+
+
+class TensorFeed:
+    """In-memory tensors, a batch per gather. Worker processes could only slow it down, so it has none."""
+
+    def __init__(self, columns: Gathers, batches: Batches, seed: int) -> None:
+        self._columns, self._batches, self._seed = columns, batches, seed
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
+        count = self._batches.count(self._seed, epoch)
+        take = self._columns.take
+        for block in range(start, count, _BLOCK_BATCHES):
+            stop = min(block + _BLOCK_BATCHES, count)
+            indices = [torch.from_numpy(i) for i in self._batches.take(self._seed, epoch, block, stop)]
+            last = len(indices) - 1 if stop == count else -1
+            for i, index in enumerate(indices):
+                yield take(index), i == last
+
+    def close(self) -> None:
+        pass
+
+
+class Keyed:
+    """A dataset whose sample (epoch, index) draws from generators seeded by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        seed_all(fold(self.seed, SAMPLE, epoch, index))
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            error.add_note(f"while reading sample {index} in epoch {epoch}")
+            raise
+
+
+class SampleFeed:
+    """A map-style dataset read in this process."""
+
+    def __init__(self, dataset: Any, batches: Batches, collate: Collate, seed: int) -> None:
+        self._keyed, self._batches, self._collate, self._seed = Keyed(dataset, seed), batches, collate, seed
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
+        count = self._batches.count(self._seed, epoch)
+        for block in range(start, count, _BLOCK_BATCHES):
+            stop = min(block + _BLOCK_BATCHES, count)
+            for i, indices in enumerate(self._batches.take(self._seed, epoch, block, stop), block):
+                samples = [self._keyed[epoch, index] for index in indices.tolist()]
+                yield self._collate(samples), i == count - 1
+
+    def close(self) -> None:
+        pass
+
+
+class _Stream:
+    """Batch sampler over all epochs to come, so that workers prefetch across an epoch's end."""
+
+    def __init__(self, batches: Batches, seed: int, epoch: int, start: int, repeat: bool) -> None:
+        self._batches, self._seed, self._epoch, self._start, self._repeat = (
+            batches,
+            seed,
+            epoch,
+            start,
+            repeat,
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start = self._epoch, self._start
+        while True:
+            count = self._batches.count(self._seed, epoch)
+            for block in range(start, count, _BLOCK_BATCHES):
+                stop = min(block + _BLOCK_BATCHES, count)
+                for indices in self._batches.take(self._seed, epoch, block, stop):
+                    yield [(epoch, index) for index in indices.tolist()]
+            epoch, start = epoch if self._repeat else epoch + 1, 0
+
+
+def _quiet_worker(_: int) -> None:
+    """Leave a signal sent to the whole job to the main process, which needs its workers to finish the step.
+
+    The second SIGTERM ends a worker: the first may be the scheduler's, a later one is the loader's own shutdown.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+class WorkerFeed:
+    """A map-style dataset read by worker processes, kept alive and prefetching from epoch to epoch."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        batches: Batches,
+        collate: Collate,
+        seed: int,
+        workers: int,
+        *,
+        pin_memory: bool,
+        repeat: bool,
+    ) -> None:
+        self._dataset, self._batches, self._collate, self._seed = dataset, batches, collate, seed
+        self._workers, self._pin_memory, self._repeat = workers, pin_memory, repeat
+        self._next: tuple[int, int] | None = None
+        self._iterator: Iterator[Any] | None = None
+
+    def _open(self, epoch: int, start: int) -> Iterator[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            Keyed(self._dataset, self._seed),  # type: ignore[arg-type]
+            batch_sampler=_Stream(self._batches, self._seed, epoch, start, self._repeat),
+            collate_fn=self._collate,
+            num_workers=self._workers,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_quiet_worker,
+        )
+        return iter(loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
+        if self._iterator is None or self._next != (epoch, start):
+            self.close()
+            self._iterator = self._open(epoch, start)
+        count = self._batches.count(self._seed, epoch)
+        for i in range(start, count):
+            batch = next(self._iterator)
+            last = i == count - 1
+            following = epoch if self._repeat else epoch + 1
+            self._next = (following, 0) if last else (epoch, i + 1)
+            yield batch, last
+
+    def close(self) -> None:
+        self._iterator = None  # its finaliser ends the workers
+
+
+class IterableFeed:
+    """An IterableDataset read in this process.
+
+    On resume at batch `start` the dataset's own ``load_state_dict`` is not needed where reading is cheap: the
+    samples before it are read again and dropped, and a line on stderr says how many.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, drop_last: bool, collate: Collate, seed: int) -> None:
+        self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
+        self._collate, self._seed = collate, seed
+
+    def _samples(self, epoch: int) -> Iterator[Any]:
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(epoch)
+        seed_all(fold(self._seed, SAMPLE, epoch, -1))
+        samples = iter(self._dataset)
+        position = 0
+        while True:
+            # Steps reseed the generators in between; keyed by position, a replay draws what the first reading drew.
+            seed_all(fold(self._seed, SAMPLE, epoch, position))
+            try:
+                sample = next(samples)
+            except StopIteration:
+                return
+            yield sample
+            position += 1
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
+        samples = self._samples(epoch)
+        if start:
+            skipped = start * self._batch_size
+            print(
+                f"stoker: reading {skipped} samples again to reach batch {start} (iterable data)",
+                file=sys.stderr,
+            )
+            for _ in islice(samples, skipped):
+                pass
+        chunk = list(islice(samples, self._batch_size))
+        if not chunk and start == 0:
+            raise UserError(f"the {type(self._dataset).__name__} yielded no sample in epoch {epoch}")
+        while chunk:
+            following = list(islice(samples, self._batch_size))
+            if self._drop_last and len(following) < self._batch_size:
+                following = []
+            yield self._collate(chunk), not following
+            chunk = following
+
+    def close(self) -> None:
+        pass

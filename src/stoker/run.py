@@ -1,0 +1,414 @@
+"""The run directory: identity, source, events. Its path is an argument, never a global."""
+
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from stoker import __version__
+from stoker.checkpoint.store import Store, write_atomically
+from stoker.errors import UserError
+from stoker.plan import Plan
+from stoker.recipe import Origin
+from stoker.state import Progress, TrainState
+
+_ADJECTIVES = [
+    "amber",
+    "azure",
+    "brave",
+    "brisk",
+    "bright",
+    "calm",
+    "clever",
+    "coral",
+    "crisp",
+    "dapper",
+    "eager",
+    "early",
+    "fair",
+    "fleet",
+    "fresh",
+    "gentle",
+    "glad",
+    "golden",
+    "grand",
+    "happy",
+    "hardy",
+    "honest",
+    "keen",
+    "kind",
+    "lively",
+    "lucky",
+    "mellow",
+    "merry",
+    "mild",
+    "modest",
+    "neat",
+    "nimble",
+    "noble",
+    "plain",
+    "proud",
+    "quick",
+    "quiet",
+    "rapid",
+    "ready",
+    "royal",
+    "rustic",
+    "sandy",
+    "sharp",
+    "silver",
+    "simple",
+    "sleek",
+    "smart",
+    "snowy",
+    "solid",
+    "steady",
+    "still",
+    "sunny",
+    "swift",
+    "tidy",
+    "tranquil",
+    "true",
+    "vivid",
+    "warm",
+    "wise",
+    "witty",
+    "young",
+    "zesty",
+]
+_NOUNS = [
+    "badger",
+    "beaver",
+    "bison",
+    "camel",
+    "condor",
+    "coyote",
+    "crane",
+    "deer",
+    "dingo",
+    "dolphin",
+    "eagle",
+    "egret",
+    "falcon",
+    "ferret",
+    "finch",
+    "fox",
+    "gazelle",
+    "gecko",
+    "gopher",
+    "grouse",
+    "hare",
+    "hawk",
+    "heron",
+    "horse",
+    "ibex",
+    "jackal",
+    "jaguar",
+    "kestrel",
+    "koala",
+    "lark",
+    "lemur",
+    "lion",
+    "llama",
+    "lynx",
+    "marmot",
+    "marten",
+    "moose",
+    "newt",
+    "ocelot",
+    "oriole",
+    "osprey",
+    "otter",
+    "owl",
+    "panda",
+    "parrot",
+    "pelican",
+    "penguin",
+    "pigeon",
+    "puffin",
+    "puma",
+    "quail",
+    "rabbit",
+    "raven",
+    "robin",
+    "salmon",
+    "seal",
+    "shrew",
+    "sparrow",
+    "stork",
+    "swan",
+    "tapir",
+    "tiger",
+    "trout",
+    "turtle",
+    "vole",
+    "walrus",
+    "weasel",
+    "whale",
+    "wolf",
+    "wren",
+    "yak",
+]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides a run's result, as `run.json` keeps it."""
+
+    recipe: str
+    function: str | None
+    file: str | None
+    arguments: Mapping[str, Any]
+    source: str
+    seed: int
+    precision: str
+    epochs: int | None
+    steps: int | None
+    eval_every: int | None
+    length_matters: bool  # the schedule is a function of the run's length
+
+    def differences(self, then: "Identity") -> list[str]:
+        """Lines that say what was and what is, for every difference that changes the result."""
+        lines = []
+        names = sorted({*then.arguments, *self.arguments})
+        for name in names:
+            old, new = then.arguments.get(name, "(not given)"), self.arguments.get(name, "(not given)")
+            if old != new:
+                lines.append(f"argument {name}: {old} then, {new} now")
+        fields = ["recipe", "function", "seed", "precision", "eval_every"]
+        fields += ["epochs", "steps"] if self.length_matters or then.length_matters else []
+        for name in fields:
+            if getattr(then, name) != getattr(self, name):
+                lines.append(f"{name}: {getattr(then, name)} then, {getattr(self, name)} now")
+        if then.source != self.source:
+            lines += [
+                line.rstrip("\n")
+                for line in difflib.unified_diff(
+                    then.source.splitlines(),
+                    self.source.splitlines(),
+                    "source then",
+                    "source now",
+                    lineterm="",
+                    n=1,
+                )
+            ]
+        return lines
+
+
+def jsonable(value: Any) -> Any:
+    """Return the value if JSON keeps it, else its spelling."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def identity_of(origin: Origin, **decided: Any) -> Identity:
+    """Identity of a recipe's run."""
+    return Identity(
+        recipe=origin.name,
+        function=origin.function,
+        file=str(origin.file) if origin.file else None,
+        arguments=jsonable(dict(origin.arguments)),
+        source=origin.source,
+        **decided,
+    )
+
+
+def fresh_dir(recipe: str) -> Path:
+    """`runs/RECIPE/NAME` with a name that is not taken. Drawn outside the seeded generators."""
+    draw = random.SystemRandom()
+    while True:
+        path = Path("runs") / recipe / f"{draw.choice(_ADJECTIVES)}-{draw.choice(_NOUNS)}"
+        if not path.exists():
+            return path
+
+
+def _git_commit(folder: Path) -> str | None:
+    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+class RunDir:
+    """One run's folder; held by one process at a time.
+
+    Raises:
+        UserError: it cannot be made or written, holds something else, or another process trains in it.
+    """
+
+    def __init__(self, path: Path, *, keep: int = 2, keep_best: int = 1) -> None:
+        self.path = path
+        self.store = Store(path / "checkpoints", keep=keep, keep_best=keep_best)
+        self._lock: TextIO | None = None
+        self._events: TextIO | None = None
+        self._saved_at = time.monotonic()
+        self._save_s = 0.05  # assumed until the first save is measured
+        self._logged_epoch = 0
+
+    def hold(self) -> None:
+        """Make the folder and keep other processes out of it until this one ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            strangers = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+            if strangers and not (self.path / "run.json").exists():
+                raise UserError(
+                    f"{self.path} is not a run: it has no run.json, but holds {', '.join(sorted(strangers)[:3])}",
+                    remedy="choose an empty or new folder with --out",
+                )
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {self.path}", remedy="wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror or error}", remedy="choose another --out"
+            ) from None
+
+    def read_identity(self) -> Identity | None:
+        """Identity that the folder's run began with; None in an empty folder."""
+        try:
+            recorded = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            source = (self.path / "recipe.py").read_text(encoding="utf-8")
+            return Identity(
+                recipe=recorded["recipe"]["name"],
+                function=recorded["recipe"]["function"],
+                file=recorded["recipe"]["file"],
+                arguments=recorded["recipe"]["arguments"],
+                source=source,
+                seed=recorded["seed"],
+                precision=recorded["plan"]["precision"],
+                **recorded["limits"],
+            )
+        except FileNotFoundError:
+            if not (self.path / "run.json").exists():
+                return None
+            raise UserError(f"{self.path}/recipe.py is missing", remedy="put the recipe's source back there") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}/run.json cannot be read: {error!r}", remedy="choose another --out") from error
+
+    def write_identity(self, identity: Identity, plan: Plan) -> None:
+        """Record what this run is and where it happens."""
+        plan_ = asdict(plan)
+        recorded = {
+            "recipe": {
+                "name": identity.recipe,
+                "file": identity.file,
+                "function": identity.function,
+                "arguments": identity.arguments,
+            },
+            "seed": identity.seed,
+            "plan": {**plan_, "notes": list(plan.notes)},
+            "limits": {
+                "epochs": identity.epochs,
+                "steps": identity.steps,
+                "eval_every": identity.eval_every,
+                "length_matters": identity.length_matters,
+            },
+            "source_sha256": hashlib.sha256(identity.source.encode()).hexdigest(),
+            "git_commit": _git_commit(Path(identity.file).parent) if identity.file else None,
+            "versions": {
+                "stoker": __version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        try:
+            write_atomically(self.path / "recipe.py", identity.source)
+            write_atomically(self.path / "run.json", json.dumps(recorded, indent=1))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}", remedy="choose another --out") from None
+
+    def open_events(self, size_bytes: int) -> None:
+        """Open the event log, cut back to what the checkpoint had seen of it."""
+        path = self.path / "events.jsonl"
+        if path.exists() and path.stat().st_size > size_bytes:
+            os.truncate(path, size_bytes)
+        self._events = path.open("a", encoding="utf-8")
+
+    def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
+        """Append one event per value."""
+        if self._events is None:
+            self.open_events(0)
+        assert self._events is not None
+        lines = [
+            json.dumps({"step": progress.step, "epoch": progress.epoch, "name": name, "value": _number(value)})
+            for name, value in values.items()
+        ]
+        try:
+            self._events.write("\n".join(lines) + "\n")
+            self._events.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}/events.jsonl: {error.strerror}",
+                remedy="make room, then run the same command again: it goes on from the last checkpoint",
+            ) from error
+
+    def save(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        """Write a checkpoint that also remembers how far the event log had come."""
+        began = time.monotonic()
+        if self._events is None:
+            self.open_events(0)
+        assert self._events is not None
+        os.fsync(self._events.fileno())
+        progress = state.progress
+        loss = next((metrics[n] for n in ("val/loss", "train/loss") if isinstance(metrics.get(n), float)), None)
+        reproducible = {k: v for k, v in metrics.items() if not k.startswith(("time/", "system/"))}
+        self.store.save(
+            step=progress.step,
+            epoch=progress.epoch,
+            loss=loss,
+            metrics=reproducible,
+            model=_tensors(state.model),
+            ema=_tensors(state.ema) if state.ema is not None else None,
+            state={**state.tree(), "events_bytes": self._events.tell()},
+            best=[step for _, step in progress.best],
+        )
+        self._saved_at = time.monotonic()
+        self._save_s = self._saved_at - began
+
+    def save_is_cheap(self) -> bool:
+        """Whether the time since the last save is at least 50 times what it cost."""
+        return time.monotonic() - self._saved_at >= 50 * self._save_s
+
+    def close(self) -> None:
+        """Let others in."""
+        for file in (self._events, self._lock):
+            if file is not None:
+                file.close()
+        self._events = self._lock = None
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def _number(value: Any) -> Any:
+    """JSON has no nan and no infinity: they are written as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return [_number(v) for v in value] if isinstance(value, list) else value
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of an event log."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("\n")]

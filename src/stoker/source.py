@@ -1,0 +1,242 @@
+"""From `FILE.py:FUNCTION key=value ...` to a Recipe."""
+
+import ast
+import enum
+import importlib.util
+import inspect
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker.errors import UserError, nearest
+from stoker.recipe import Origin, Recipe, check_arguments, parameters_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe function and the file that holds it."""
+
+    file: Path
+    function_name: str
+    function: Callable[..., Any]
+    text: str
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"{self.file.name}:{self.function_name}"
+
+    def arguments(self, assignments: Sequence[str]) -> dict[str, Any]:
+        """Parse `key=value` words by the function's annotations.
+
+        Raises:
+            UserError: a word without "=", an unknown name, a value of another type.
+        """
+        words: dict[str, str] = {}
+        for word in assignments:
+            name, equals, text = word.partition("=")
+            if not equals:
+                raise UserError(
+                    f"{word!r} is not an argument of a recipe",
+                    remedy="write key=value; options begin with --",
+                )
+            words[name] = text
+        check_arguments(self.function, list(words), self.label)
+        parameters = parameters_of(self.function)
+        values = {}
+        for name, text in words.items():
+            parameter = parameters.get(name)
+            annotation: Any = Any
+            if parameter is not None:
+                default = parameter.default
+                annotation = parameter.annotation
+                if annotation is parameter.empty:
+                    annotation = Any if default in (parameter.empty, None) else type(default)
+            try:
+                values[name] = convert(text, annotation)
+            except (ValueError, OverflowError) as error:
+                raise UserError(
+                    f"{self.label}: {name}={text!r} is not {type_name(annotation)}",
+                    why=str(error),
+                    remedy=f"{parameter}" if parameter is not None else "",
+                ) from None
+        return values
+
+    def recipe(self, arguments: Mapping[str, Any]) -> Recipe:
+        """Call the function.
+
+        Raises:
+            UserError: it raises, naming the line; or it returns something else than a Recipe.
+        """
+        check_arguments(self.function, list(arguments), self.label)
+        try:
+            recipe = self.function(**arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            raise told(error, self.file, f"{self.function_name}()") from error
+        if not isinstance(recipe, Recipe):
+            raise UserError(
+                f"{self.label} returned a {type(recipe).__name__}, not a stoker.Recipe",
+                remedy="end it with `return stoker.Recipe(...)`",
+            )
+        recipe.origin = Origin(self.file, self.function_name, dict(arguments), self.text)
+        return recipe
+
+
+def load_source(spec: str) -> Source:
+    """Import `FILE.py[:FUNCTION]` (default function: recipe); the file's own folder is importable from it.
+
+    Raises:
+        UserError: no such file or function, or the file raises while it is imported.
+    """
+    path, _, function_name = spec.partition(":")
+    file = Path(path).expanduser()
+    function_name = function_name or "recipe"
+    if not file.is_file():
+        siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise UserError(
+            f"no recipe file {path}{nearest(file.name, siblings)}",
+            remedy="give the path of a Python file with a function recipe(...) -> stoker.Recipe",
+        )
+    file = file.resolve()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}", why=str(error)) from None
+    module = _import(file)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [
+            n for n, v in vars(module).items() if isinstance(v, types.FunctionType) and v.__module__ == module.__name__
+        ]
+        raise UserError(
+            f"{file.name} has no function {function_name}(){nearest(function_name, functions)}",
+            remedy=f"its functions are: {', '.join(functions) or 'none'}; name one as {path}:FUNCTION",
+        )
+    return Source(file, function_name, function, text)
+
+
+def _import(file: Path) -> types.ModuleType:
+    name = file.stem if file.stem.isidentifier() and file.stem not in sys.modules else f"_recipe_{abs(hash(file)):x}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} is not a Python file", remedy="a recipe's file name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise told(error, file, "the file") from error
+    return module
+
+
+def told(error: Exception, file: Path, doing: str) -> UserError:
+    """Message for an exception out of the user's own code: the line of theirs that it came through."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return UserError(f"{error.filename}:{error.lineno}: {error.msg}", why=(error.text or "").strip())
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).parent == file.parent] or frames
+    trail = "\n          ".join(f"{f.filename}:{f.lineno}: {f.line}" for f in own)
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    return UserError(f"{doing} raised {type(error).__name__}: {error}{notes}", why=f"at {trail}")
+
+
+def describe(source: Source) -> str:
+    """Docstring and parameters of a recipe function, as help shows them."""
+    lines = [f"Arguments of {source.label}:"]
+    if source.function.__doc__:
+        lines.insert(0, inspect.cleandoc(source.function.__doc__) + "\n")
+    parameters = parameters_of(source.function)
+    width = max((len(name) for name in parameters), default=0)
+    for name, parameter in parameters.items():
+        kind = "" if parameter.annotation is parameter.empty else type_name(parameter.annotation)
+        default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+        lines.append(f"  {name:{width}}  {kind:8}  {default}")
+    return "\n".join(lines if parameters else [*lines[:-1], f"{source.label} takes no arguments"])
+
+
+def type_name(annotation: Any) -> str:
+    """Spell a type as the user would."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+_TRUTH = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
+
+
+def convert(text: str, annotation: Any) -> Any:
+    """Parse `text` as a value of the annotated type.
+
+    Raises:
+        ValueError: it is none; the message says what is accepted.
+    """
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _first(text, options)
+    if origin is typing.Literal:
+        for option in options:
+            if str(option) == text:
+                return option
+        raise ValueError(f"one of {', '.join(map(str, options))} is accepted")
+    if origin in (list, tuple) or annotation in (list, tuple):
+        words = [word.strip() for word in text.strip("[]()").split(",") if word.strip()]
+        kinds = [k for k in options if k is not ...] or [Any]
+        if origin is tuple and ... not in options and options and len(words) != len(options):
+            raise ValueError(f"{len(options)} comma-separated values are accepted")
+        values = [convert(word, kinds[min(i, len(kinds) - 1)]) for i, word in enumerate(words)]
+        return tuple(values) if origin is tuple or annotation is tuple else values
+    if isinstance(annotation, type):
+        return _scalar(text, annotation)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _first(text: str, options: Sequence[Any]) -> Any:
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in sorted((o for o in options if o is not type(None)), key=lambda o: o is str):
+        try:
+            return convert(text, option)
+        except ValueError:
+            continue
+    raise ValueError(f"one of {', '.join(map(type_name, options))} is accepted")
+
+
+def _scalar(text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() not in _TRUTH:
+            raise ValueError("true or false is accepted")
+        return _TRUTH[text.lower()]
+    if kind is int:
+        number = float(text.replace("_", "")) if not text.strip().lstrip("+-").replace("_", "").isdigit() else int(text)
+        if number != int(number):
+            raise ValueError("a whole number is accepted")
+        return int(number)
+    if issubclass(kind, enum.Enum):
+        if text not in kind.__members__:
+            raise ValueError(f"one of {', '.join(kind.__members__)} is accepted")
+        return kind[text]
+    if kind is type(None):
+        return None
+    return kind(text)

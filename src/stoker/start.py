@@ -1,0 +1,400 @@
+"""From a recipe to a run: fit, resume, load. Everything is put together here once, before the loop."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+from torch import nn
+
+from stoker.checkpoint.store import Checkpoint, Damaged, read
+from stoker.data.loader import Loader, check_source, epoch_batches, open_feed
+from stoker.data.seeding import isolated
+from stoker.errors import UserError
+from stoker.interrupts import Interrupts
+from stoker.plan import Plan, make_plan, partition_notes
+from stoker.probes.nonfinite import explain
+from stoker.recipe import Recipe, num_positional
+from stoker.run import Identity, RunDir, fresh_dir, identity_of
+from stoker.source import load_source
+from stoker.state import Progress, TrainState, load_by_name
+from stoker.train import Limits, NonFinite, Observer, Session, train
+from stoker.watch.console import Console, console_for
+
+
+class PlanOptions(TypedDict, total=False):
+    """Where and how: see `Plan`."""
+
+    device: str | None
+    devices: int
+    strategy: str
+    precision: str
+    microbatch: int | None
+    workers: int | None
+    compile: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended, for now or for good.
+
+    Attributes:
+        dir: its folder.
+        model: the trained module (the average of the weights, where the recipe asks for one), in eval mode.
+        metrics: the last value of everything that was logged.
+        step, epoch: how far it came.
+        reason: why it ended: "epochs", "steps", an early stop's reason, or None after a signal.
+    """
+
+    dir: Path
+    model: nn.Module
+    metrics: Mapping[str, Any]
+    step: int
+    epoch: int
+    reason: str | None
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    eval_every: int | None = None,
+    log_every: int = 50,
+    keep: int = 2,
+    keep_best: int = 1,
+    quiet: bool = False,
+    force: bool = False,
+    on_step: Sequence[Observer] = (),
+    **plan: Unpack[PlanOptions],
+) -> "Started":
+    """Everything `fit` does before the loop; its arguments and errors are those of `fit`."""
+    limits = Limits(epochs, steps, eval_every, checkpoint_every, log_every, keep_best)
+    options = make_plan(recipe.train, **plan)
+    return start(recipe, options, limits, seed=seed, out=out, keep=keep, quiet=quiet, force=force, on_step=on_step)
+
+
+def fit(recipe: Recipe, **options: Any) -> Run:
+    """Train a recipe; with the `out` of an unfinished run, go on with that run.
+
+    Args:
+        recipe: what to train.
+        options: any of
+            epochs, steps: how long; at least one of them.
+            seed: of the model's initialisation, the order of samples and all randomness after that (default 0).
+            out: the run's folder (default: a new one, `runs/RECIPE/NAME`).
+            checkpoint_every: steps from one checkpoint to the next. By default an epoch's end is saved where that
+                costs less than 2 % of the time since the last save; the last step and every best evaluation always.
+            eval_every: steps from one evaluation to the next (default: at the end of every epoch).
+            log_every: steps that one `train/loss` event averages over (default 50).
+            keep, keep_best: how many of the newest and of the best checkpoints stay (defaults 2 and 1).
+            quiet: no progress, no summary.
+            force: in a folder whose run began with another source, arguments or seed, go on with these.
+            on_step: functions called after every step with (progress, last logged values).
+            device, devices, strategy, precision, microbatch, workers, compile: see `Plan`.
+
+    Returns:
+        the run, its model and its metrics.
+
+    Raises:
+        UserError: anything the caller can mend; nothing saved before is lost.
+    """
+    with isolated(), prepare(recipe, **options) as started:
+        if started.session is not None:
+            train(started.session)
+    return started.result()
+
+
+def resume(run: str | Path, recipe: Recipe | None = None, **changes: Any) -> Run:
+    """Go on with an unfinished run, with its own recipe, arguments, seed and limits.
+
+    Args:
+        run: the run's folder.
+        recipe: the recipe, where the run's own cannot be called again (one made in a notebook, say).
+        changes: any other option of `fit`, in place of what the run began with.
+
+    Raises:
+        UserError: there is no run, or its recipe has changed since (`force=True` goes on with the new one).
+    """
+    folder = RunDir(Path(run))
+    identity = require_identity(folder)
+    return fit(recipe or rebuild(folder, identity), **{**recorded_options(identity), "out": folder.path, **changes})
+
+
+def recorded_options(identity: Identity) -> dict[str, Any]:
+    """Options of `fit` that a run began with and that its result depends on."""
+    names = ("epochs", "steps", "eval_every", "seed", "precision")
+    return {name: getattr(identity, name) for name in names}
+
+
+def require_identity(folder: RunDir) -> Identity:
+    """Identity of an existing run.
+
+    Raises:
+        UserError: there is none.
+    """
+    identity = folder.read_identity() if folder.path.is_dir() else None
+    if identity is None:
+        raise UserError(
+            f"{folder.path} is not a run",
+            why="it has no run.json" if folder.path.is_dir() else "there is no such folder",
+            remedy="give a folder that `stoker train` made, such as runs/RECIPE/NAME",
+        )
+    return identity
+
+
+def rebuild(folder: RunDir, identity: Identity) -> Recipe:
+    """Call the run's recipe again: its file, or where that is gone, the source that the run keeps.
+
+    Raises:
+        UserError: the recipe was not made by a function in a file.
+    """
+    if identity.function is None:
+        raise UserError(
+            f"{folder.path}: its recipe cannot be called again from the run alone",
+            why="it was not returned by a function at the top level of a file, called with the recorded arguments",
+            remedy="stoker.resume(run, recipe) or stoker.load(run, recipe) with the same recipe",
+        )
+    file = Path(identity.file) if identity.file and Path(identity.file).is_file() else folder.path / "recipe.py"
+    source = load_source(f"{file}:{identity.function}")
+    return source.recipe(identity.arguments)
+
+
+def load(run: "Run | str | Path", recipe: Recipe | None = None, *, which: str = "best") -> nn.Module:
+    """Return a run's model in eval mode, on the CPU, with the weights of its best (else its latest) checkpoint.
+
+    Args:
+        run: a Run, a run's folder, or one of its checkpoint folders.
+        recipe: the recipe, where the run's own cannot be called again.
+        which: "best" or "latest".
+
+    Raises:
+        UserError: no run, no good checkpoint, or weights that are not this recipe's model's.
+    """
+    path = run.dir if isinstance(run, Run) else Path(run)
+    given = path.parent.parent if (path / "checkpoint.json").is_file() else None
+    folder = RunDir(path.resolve().parent.parent if given is not None else path)
+    identity = require_identity(folder)
+    checkpoint = find_checkpoint(folder, path if given is not None else None, which)
+    return restore_model(recipe or rebuild(folder, identity), checkpoint, identity.seed)
+
+
+def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Module:
+    """Build the recipe's model, and its losses where they have weights, with a checkpoint's; in eval mode."""
+    with isolated():
+        seed_all_plainly(seed)
+        model = recipe.build_model()
+    weights = checkpoint.ema if checkpoint.ema is not None else checkpoint.model
+    load_by_name(model, {**weights, **checkpoint.state["model_extra"]}, "model")
+    for name, tensors in checkpoint.state["losses"].items():
+        loss = (recipe.objectives or {})[name].loss
+        assert isinstance(loss, nn.Module)  # only those have tensors in a checkpoint
+        load_by_name(loss, tensors, f"loss of {name}")
+    return model.eval()
+
+
+def find_checkpoint(folder: RunDir, path: Path | None, which: str) -> Checkpoint:
+    """Read the asked-for checkpoint of a run, verified.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    chosen = path or (folder.store.best() if which == "best" else None) or folder.store.latest()
+    if chosen is None:
+        raise UserError(f"{folder.path} has no checkpoint yet", remedy=f"stoker resume {folder.path}")
+    try:
+        return read(chosen)
+    except Damaged as error:
+        raise UserError(f"a damaged checkpoint: {error}", remedy="choose another one of the run by its path") from error
+
+
+def seed_all_plainly(seed: int) -> None:
+    """Seed as a plain training script does before it builds its model, so that both build the same one."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def total_steps(recipe: Recipe, limits: Limits, seed: int) -> int | None:
+    """Steps of the whole run, where they can be told beforehand."""
+    if limits.epochs is None:
+        return limits.steps
+    counts = [epoch_batches(recipe.train, seed, 0)] * limits.epochs
+    if isinstance(recipe.train, Loader) and recipe.train.varies:
+        counts = [epoch_batches(recipe.train, seed, epoch) for epoch in range(limits.epochs)]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return limits.steps
+    return min(sum(known), limits.steps) if limits.steps is not None else sum(known)
+
+
+class Started:
+    """A session with its folder and its console; a context that closes them and tells how it went."""
+
+    def __init__(self, folder: RunDir, console: Console, plan: Plan, state: TrainState) -> None:
+        self.folder, self.console, self.plan, self.state = folder, console, plan, state
+        self.session: Session | None = None
+        self.metrics: dict[str, Any] = {}
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.session is not None:
+            self.session.interrupts.__exit__(kind, error, trace)
+            self.session.close()
+        self.console.stop()
+        self.folder.close()
+        if error is None:
+            signal = self.session.interrupts.requested if self.session else None
+            self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
+        if isinstance(error, NonFinite) and self.session is not None:
+            raise explain(self.session, error) from error
+
+    def result(self) -> Run:
+        """What `fit` returns."""
+        progress = self.state.progress
+        model = self.state.evaluated.eval()
+        return Run(self.folder.path, model, self.metrics, progress.step, progress.epoch, progress.finished)
+
+
+def start(
+    recipe: Recipe,
+    plan: Plan,
+    limits: Limits,
+    *,
+    seed: int,
+    out: str | Path | None,
+    keep: int = 2,
+    quiet: bool = False,
+    force: bool = False,
+    on_step: Sequence[Observer] = (),
+) -> Started:
+    """Check everything that can be checked, build the state, and take over a checkpoint if the folder has one."""
+    check_limits(recipe, limits)
+    folder = RunDir(
+        Path(out) if out is not None else fresh_dir(recipe.origin.name), keep=keep, keep_best=limits.keep_best
+    )
+    scheduled = any(o.schedule and num_positional(o.schedule) >= 2 for o in (recipe.objectives or {}).values())
+    identity = identity_of(
+        recipe.origin,
+        seed=seed,
+        precision=plan.precision,
+        epochs=limits.epochs,
+        steps=limits.steps,
+        eval_every=limits.eval_every,
+        length_matters=scheduled,
+    )
+    strategy = plan.open()
+    folder.hold()
+    try:
+        before = folder.read_identity()
+        if before is not None:
+            refuse_changes(folder, identity, before, force)
+        seed_all_plainly(seed)
+        model = recipe.build_model().to(strategy.device)
+        length = total_steps(recipe, limits, seed) if scheduled else None
+        state = TrainState(recipe, model, total_steps=length, scaler=strategy.scaler())
+        size = recipe.train.batch_size if isinstance(recipe.train, Loader) else None
+        notes = plan.notes + partition_notes(model, plan, size)
+        console = console_for(quiet)
+        started = Started(folder, console, plan, state)
+        checkpoint, complaints = folder.store.newest_good()
+        for complaint in complaints:
+            console.note(f"skipped a damaged checkpoint: {complaint}")
+        if checkpoint is not None:
+            state.load(checkpoint.model, checkpoint.ema, checkpoint.state)
+            started.metrics = dict(checkpoint.metrics)
+            outgrown = beyond(state.progress, limits)
+            if state.progress.finished in ("epochs", "steps") and outgrown:
+                state.progress.finished = None
+        if before is None or force or before.epochs != limits.epochs or before.steps != limits.steps:
+            folder.write_identity(identity, plan)
+        if state.progress.finished:
+            return started
+        folder.open_events(checkpoint.state["events_bytes"] if checkpoint is not None else 0)
+        source = {
+            "batch_size": size or 64,
+            "workers": plan.workers,
+            "pin_memory": strategy.device.type == "cuda",
+        }
+        session = Session(
+            recipe=recipe,
+            state=state,
+            model=strategy.prepare(model),
+            strategy=strategy,
+            feed=open_feed(recipe.train, seed, **source),
+            val_feed=open_feed(recipe.val, seed, evaluation=True, **source) if recipe.val is not None else None,
+            seed=seed,
+            microbatch=plan.microbatch,
+            limits=limits,
+            record=folder,
+            interrupts=Interrupts(),
+            observers=[console.observe],
+            on_step=on_step,
+            metrics=started.metrics,
+            saved_step=checkpoint.step if checkpoint is not None else -1,
+        )
+        if not model.training:
+            model.train()
+        session.interrupts.__enter__()
+        started.session = session
+        console.begin(folder.path, state, limits, epoch_batches(recipe.train, seed, 0), notes)
+        return started
+    except BaseException:
+        folder.close()
+        raise
+
+
+def beyond(progress: Progress, limits: Limits) -> bool:
+    """Whether the limits asked for reach further than the progress made."""
+    more_epochs = limits.epochs is None or progress.epoch < limits.epochs
+    more_steps = limits.steps is None or progress.step < limits.steps
+    return more_epochs and more_steps
+
+
+def check_limits(recipe: Recipe, limits: Limits) -> None:
+    """Refuse a run that would not end, and data that cannot be used.
+
+    Raises:
+        UserError: with the recipe's field or the option that is wrong.
+    """
+    if limits.epochs is None and limits.steps is None:
+        raise UserError("for how long?", remedy="--epochs N or --steps N")
+    for name in ("epochs", "steps", "eval_every", "checkpoint_every", "log_every"):
+        value = getattr(limits, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    size = recipe.train.batch_size if isinstance(recipe.train, Loader) else None
+    check_source(recipe.train, "train", batch_size=size)
+    for name in ("val", "test"):
+        if getattr(recipe, name) is not None:
+            check_source(getattr(recipe, name), name)
+
+
+def refuse_changes(folder: RunDir, now: Identity, then: Identity, force: bool) -> None:
+    """Compare a run with what it began with.
+
+    Raises:
+        UserError: they differ in what changes the result, and `force` is not given.
+    """
+    differences = now.differences(then)
+    if not differences or force:
+        return
+    other = now.recipe != then.recipe or now.function != then.function
+    raise UserError(
+        f"{folder.path} holds a run of {'another recipe' if other else 'this recipe that began differently'}",
+        why="\n          ".join(differences),
+        remedy=(
+            "choose another --out, or"
+            if other
+            else f"`stoker resume {folder.path}` with the source put back goes on as it began;"
+        )
+        + " --force goes on with what is given now (weights and optimizer state are kept)",
+    )

@@ -1,0 +1,275 @@
+"""TrainState: everything that a step changes, as one tree keyed by parameter name."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from stoker.errors import UserError, nearest
+from stoker.recipe import Objective, Recipe, num_positional
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a run has come. All counts are of things completed."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # in the current epoch
+    skipped_steps: int = 0  # by the fp16 loss scaler
+    evaluated_step: int = -1  # the last step whose evaluation is complete
+    best: list[tuple[float, int]] = field(default_factory=list)  # (value, step), best first
+    stop_best: float | None = None  # early stopping: the value to beat,
+    stop_waited: int = 0  # and the evaluations since it was set
+    window_sum: dict[str, float] = field(default_factory=dict)  # since the last log line, by logged name
+    window_count: dict[str, float] = field(default_factory=dict)
+    finished: str | None = None  # why the run is complete
+
+
+@dataclass
+class Live:
+    """An objective with its optimizer and schedule."""
+
+    name: str
+    spec: Objective
+    optimizer: torch.optim.Optimizer
+    parameters: list[torch.Tensor]
+    scheduler: Any
+    needs_closure: bool
+    takes_carry: bool
+    prefix: str  # of its logged names
+    log_name: str
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+class TrainState:
+    """Model, optimizers, schedules, moving average, loss scaler, carried state and progress of a run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        *,
+        total_steps: int | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        assert recipe.objectives is not None
+        self.model = model
+        self.progress = Progress()
+        self.scaler = scaler
+        self.carry: Any = None
+        self.losses = {
+            name: o.loss for name, o in recipe.objectives.items() if isinstance(o.loss, nn.Module) and any(_all(o.loss))
+        }
+        self.names = {p: name for name, p in model.named_parameters()}
+        for objective, loss in self.losses.items():
+            self.names |= {p: f"loss/{objective}/{name}" for name, p in loss.named_parameters()}
+        self.objectives = [
+            self._live(name, spec, total_steps, len(recipe.objectives) == 1) for name, spec in recipe.objectives.items()
+        ]
+        self.parameters = list(self.names)
+        self.ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema is not None else None
+        self.ema_decay = recipe.ema or 0.0
+
+    def _live(self, name: str, spec: Objective, total_steps: int | None, single: bool) -> Live:
+        default = [p for p in self.model.parameters() if p.requires_grad]
+        if name in self.losses:
+            default += [p for p in self.losses[name].parameters() if p.requires_grad]
+        params = spec.params(self.model) if spec.params is not None else default
+        params = list(params)
+        if not params:
+            raise UserError(
+                f"objective {name!r} has no parameter to train",
+                why="every parameter is frozen, or the model has none",
+                remedy="set requires_grad on some, or name them with params=",
+            )
+        optimizer = spec.optimizer(params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(f"optimizer= gave a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        owned = [p for group in optimizer.param_groups for p in group["params"]]
+        strange = [tuple(p.shape) for p in owned if p not in self.names]
+        if strange:
+            raise UserError(
+                f"the optimizer of objective {name!r} holds {len(strange)} parameters that are not the model's",
+                why=f"their shapes are {strange[:3]}; what is not in the model is not saved",
+                remedy="register them in the model, or in a loss that is an nn.Module",
+            )
+        scheduler = None
+        if spec.schedule is not None:
+            if num_positional(spec.schedule) >= 2 and total_steps is None:
+                raise UserError(
+                    "the schedule needs the number of steps, which iterable data does not tell",
+                    remedy="add --steps N",
+                )
+            scheduler = spec.schedule(
+                *((optimizer, total_steps) if num_positional(spec.schedule) >= 2 else (optimizer,))
+            )
+        closure = num_positional(optimizer.step) >= 1 and _requires_first(optimizer.step)
+        prefix = "train/" if single else f"train/{name}/"
+        return Live(name, spec, optimizer, owned, scheduler, closure, spec.takes_carry, prefix, prefix + "loss")
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged weights towards the current ones; buffers are copied."""
+        if self.ema is None:
+            return
+        averaged: list[torch.Tensor] = list(self.ema.parameters())
+        current: list[torch.Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - self.ema_decay)
+        for ours, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            ours.copy_(theirs)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that evaluations and exports use."""
+        return self.model if self.ema is None else self.ema
+
+    def tree(self) -> dict[str, Any]:
+        """Everything but the model's and the average's tensors, which have files of their own."""
+        return {
+            "progress": asdict(self.progress),
+            "objectives": {
+                o.name: {
+                    "optimizer": self._optimizer_tree(o.optimizer),
+                    "scheduler": o.scheduler.state_dict() if o.scheduler is not None else None,
+                }
+                for o in self.objectives
+            },
+            "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "carry": self.carry,
+            "model_extra": {k: v for k, v in self.model.state_dict().items() if not isinstance(v, torch.Tensor)},
+        }
+
+    def _optimizer_tree(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """State by parameter name instead of by position."""
+        raw = optimizer.state_dict()
+        live = [p for group in optimizer.param_groups for p in group["params"]]
+        ids = [i for group in raw["param_groups"] for i in group["params"]]
+        name_of = {i: self.names[p] for i, p in zip(ids, live, strict=True)}
+        return {
+            "state": {name_of[i]: value for i, value in raw["state"].items()},
+            "groups": [g | {"params": [name_of[i] for i in g["params"]]} for g in raw["param_groups"]],
+        }
+
+    def _load_optimizer(self, live: Live, tree: Mapping[str, Any]) -> None:
+        raw = live.optimizer.state_dict()
+        now = [[self.names[p] for p in group["params"]] for group in live.optimizer.param_groups]
+        then = [list(group["params"]) for group in tree["groups"]]
+        if now != then:
+            _explain_names(f"optimizer {live.name!r}", set(chain(*then)), set(chain(*now)))
+            raise UserError(
+                f"optimizer {live.name!r}: its parameter groups are not those of the checkpoint",
+                why=f"parameters per group: {[len(g) for g in then]} then, {[len(g) for g in now]} now",
+            )
+        id_of = {
+            name: i
+            for names, group in zip(now, raw["param_groups"], strict=True)
+            for name, i in zip(names, group["params"], strict=True)
+        }
+        live.optimizer.load_state_dict(
+            {
+                "state": {id_of[name]: value for name, value in tree["state"].items()},
+                "param_groups": [g | {"params": [id_of[n] for n in g["params"]]} for g in tree["groups"]],
+            }
+        )
+
+    def load(self, model: Tensors, ema: Tensors | None, tree: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's content, strictly by name.
+
+        Raises:
+            UserError: names or shapes differ from this recipe's; nothing of it is then to be trusted.
+        """
+        load_by_name(self.model, {**model, **tree["model_extra"]}, "model")
+        if (ema is None) != (self.ema is None):
+            raise UserError(
+                f"the checkpoint has {'no' if ema is None else 'an'} average of the weights, the recipe "
+                f"{'has ema=' if ema is None else 'none'}",
+                remedy="set ema= as it was when the run began",
+            )
+        if self.ema is not None and ema is not None:
+            load_by_name(self.ema, {**ema, **tree["model_extra"]}, "average")
+        _explain_names("objectives", set(tree["objectives"]), {o.name for o in self.objectives})
+        for live in self.objectives:
+            saved = tree["objectives"][live.name]
+            self._load_optimizer(live, saved["optimizer"])
+            if (live.scheduler is None) != (saved["scheduler"] is None):
+                raise UserError(
+                    f"objective {live.name!r} had {'no' if live.scheduler else 'a'} schedule when it was saved"
+                )
+            if live.scheduler is not None:
+                live.scheduler.load_state_dict(saved["scheduler"])
+        for name, loss in self.losses.items():
+            load_by_name(loss, tree["losses"][name], f"loss of {name}")
+        if self.scaler is not None and tree["scaler"]:
+            self.scaler.load_state_dict(tree["scaler"])
+        device = next(self.model.parameters()).device
+        self.carry = _to(tree["carry"], device)
+        progress = dict(tree["progress"])
+        progress["best"] = [(value, step) for value, step in progress["best"]]
+        self.progress = Progress(**progress)
+
+
+def _all(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    from stoker.data.batch import map_tree
+
+    return map_tree(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def _requires_first(step: Any) -> bool:
+    """Whether an optimizer's step() cannot be called without a closure, as LBFGS's."""
+    import inspect
+
+    first = next(iter(inspect.signature(step).parameters.values()))
+    return first.default is first.empty
+
+
+def _explain_names(what: str, saved: set[str], here: set[str]) -> None:
+    missing, unexpected = sorted(here - saved), sorted(saved - here)
+    if not missing and not unexpected:
+        return
+    lines = [f"missing in the checkpoint: {name}{nearest(name, unexpected)}" for name in missing[:8]]
+    lines += [f"unknown to the recipe: {name}" for name in unexpected[:8]]
+    more = max(len(missing) - 8, 0) + max(len(unexpected) - 8, 0)
+    raise UserError(
+        f"{what}: the checkpoint's names are not the recipe's",
+        why="\n          ".join(lines + ([f"and {more} more"] if more else [])),
+        remedy="resume with the source and arguments that the run began with (recipe.py and run.json in the run)",
+    )
+
+
+def load_by_name(module: nn.Module, tensors: Mapping[str, Any], what: str) -> None:
+    """Load a state dict strictly, saying which names or shapes do not fit.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape differs.
+    """
+    here = module.state_dict()
+    _explain_names(what, set(tensors), set(here))
+    wrong = [
+        f"{name}: {tuple(saved.shape)} {saved.dtype} in the checkpoint, {tuple(own.shape)} {own.dtype} in the recipe"
+        for name, own in here.items()
+        if isinstance(own, torch.Tensor) and ((saved := tensors[name]).shape != own.shape or saved.dtype != own.dtype)
+    ]
+    if wrong:
+        raise UserError(
+            f"{what}: {len(wrong)} shapes or types differ",
+            why="\n          ".join(wrong[:8]),
+            remedy="resume with the arguments that the run began with (run.json in the run)",
+        )
+    module.load_state_dict(dict(tensors), strict=True)

@@ -1,0 +1,351 @@
+"""The only loop: one run, one epoch, one step. What it calls is small: see Record, Strategy and Feed."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from stoker.data.batch import split
+from stoker.data.feeds import Feed
+from stoker.data.seeding import STEP, fold, seed_all
+from stoker.devices.strategy import Strategy
+from stoker.errors import UserError, nearest
+from stoker.evaluate import evaluate
+from stoker.interrupts import Interrupts
+from stoker.losses import Shares, as_mean, terms
+from stoker.recipe import Recipe, unpack
+from stoker.state import Live, Progress, TrainState
+
+Observer = Callable[[Progress, Mapping[str, Any]], None]
+
+
+class Record(Protocol):
+    """Where a run leaves its traces."""
+
+    def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
+        """Append values to the events."""
+        ...
+
+    def save(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        """Write a checkpoint."""
+        ...
+
+    def save_is_cheap(self) -> bool:
+        """Whether a checkpoint now would cost little beside the time trained since the last one."""
+        ...
+
+
+class NonFinite(Exception):
+    """A loss, or the weights, stopped being a number at `step`."""
+
+    def __init__(self, what: str, step: int, epoch: int, batch: int) -> None:
+        super().__init__(f"{what} is not finite at step {step}")
+        self.what, self.step, self.epoch, self.batch = what, step, epoch, batch
+
+
+@dataclass
+class Limits:
+    """When things happen, in steps or epochs."""
+
+    epochs: int | None
+    steps: int | None
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    log_every: int = 50
+    keep_best: int = 1
+
+
+@dataclass
+class Session:
+    """A run in progress: what the loop needs, made by `stoker.start`."""
+
+    recipe: Recipe
+    state: TrainState
+    model: nn.Module
+    strategy: Strategy
+    feed: Feed
+    val_feed: Feed | None
+    seed: int
+    microbatch: int | None
+    limits: Limits
+    record: Record
+    interrupts: Interrupts
+    observers: Sequence[Observer] = ()
+    on_step: Sequence[Observer] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+    saved_step: int = -1
+    _pending: list[tuple[str, Any, Progress]] = field(default_factory=list)
+    _clock: tuple[float, int] = (0.0, 0)
+
+    def tally(self, name: str, value: Any) -> None:
+        """Add a value of this step to the log window; a device's values are read later, to let it run ahead."""
+        progress = self.state.progress
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            here = Progress(progress.step, progress.epoch, progress.batch)
+            self._pending.append((name, value.detach(), here))
+        else:
+            self._count(name, float(value), progress)
+
+    def settle(self) -> None:
+        """Read the device's pending values: the one synchronisation of a log window."""
+        if self._pending:
+            values = torch.stack([value.float() for _, value, _ in self._pending]).tolist()
+            pending, self._pending = self._pending, []
+            for (name, _, progress), value in zip(pending, values, strict=True):
+                self._count(name, value, progress)
+
+    def _count(self, name: str, value: float, at: Progress) -> None:
+        window = self.state.progress
+        if not math.isfinite(value):
+            scaler = self.state.scaler
+            if scaler is not None and scaler.get_scale() > 1e-3:
+                return  # the scaler skips this step and lowers its scale
+            raise NonFinite(name, at.step, at.epoch, at.batch)
+        window.window_sum[name] = window.window_sum.get(name, 0.0) + value
+        window.window_count[name] = window.window_count.get(name, 0.0) + 1
+
+    def close(self) -> None:
+        """Release the data's worker processes."""
+        self.feed.close()
+        if self.val_feed is not None:
+            self.val_feed.close()
+
+
+def train(s: Session) -> Session:
+    """Train until the limits, an early stop or a signal; the run's state is saved at every way out but an error."""
+    state, progress = s.state, s.state.progress
+    s._clock = (time.perf_counter(), progress.step)
+    if progress.step:
+        at_edge(s)  # what an interruption left undone: an evaluation, say
+    while not progress.finished and not s.interrupts.requested:
+        for batch, last in s.feed.epoch(progress.epoch, progress.batch):
+            seed_all(fold(s.seed, STEP, progress.step))
+            for live in state.objectives:
+                if live.needs_closure:  # LBFGS calls forward and backward as often as it likes
+                    s.tally(live.log_name, live.optimizer.step(partial(forward_backward, s, live, batch)))
+                else:
+                    s.tally(live.log_name, forward_backward(s, live, batch))
+                    update(s, live)
+                if live.scheduler is not None and not isinstance(live.scheduler, ReduceLROnPlateau):
+                    live.scheduler.step()
+            finish_step(s, last)
+            if is_edge(s, last):
+                at_edge(s)
+            if progress.finished or s.interrupts.requested:
+                break
+    if s.saved_step != progress.step:
+        save(s)
+    return s
+
+
+def forward_backward(s: Session, live: Live, batch: Any) -> Any:
+    """Leave the gradient of an objective on one global batch in its parameters; return its loss (detached)."""
+    state, spec = s.state, live.spec
+    for parameter in state.parameters:
+        parameter.grad = None
+    parts = [batch] if s.microbatch is None else split(batch, s.microbatch)
+    shares = Shares(batch, len(parts), spec.loss)
+    for part in parts:
+        part, target = s.strategy.place(part), None
+        with s.strategy.autocast():
+            if spec.step is None:
+                args, kwargs, target = unpack(part)
+                result = spec.loss(s.model(*args, **kwargs), target)  # type: ignore[misc]
+            else:
+                result = spec.step(s.model, part, state.carry) if live.takes_carry else spec.step(s.model, part)
+        found = terms(result)
+        loss = shares.contribution(found, part, target)
+        (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+        if found.carry is not None:
+            state.carry = found.carry
+        for name, value in found.logged.items():
+            s.tally(live.prefix + name, as_mean(value))
+    if state.scaler is not None:
+        state.scaler.unscale_(live.optimizer)
+    loss = shares.finish(live.parameters)
+    clip(s, live)
+    return loss
+
+
+def clip(s: Session, live: Live) -> None:
+    """Bound the gradients as the objective asks, logging the norm that was found."""
+    if live.spec.clip_norm is not None:
+        norm = nn.utils.clip_grad_norm_(live.parameters, live.spec.clip_norm)
+        s.tally(live.prefix + "grad_norm", norm)
+    if live.spec.clip_value is not None:
+        nn.utils.clip_grad_value_(live.parameters, live.spec.clip_value)
+
+
+def update(s: Session, live: Live) -> None:
+    """Step one optimizer; a step that the loss scaler skips is counted."""
+    scaler = s.state.scaler
+    if scaler is None:
+        live.optimizer.step()
+        return
+    before = scaler.get_scale()
+    scaler.step(live.optimizer)
+    scaler.update()
+    if scaler.get_scale() < before:
+        s.state.progress.skipped_steps += 1
+
+
+def finish_step(s: Session, last: bool) -> None:
+    """Count the step and prepare what the next one carries over."""
+    progress, state = s.state.progress, s.state
+    state.average()
+    progress.step += 1
+    progress.batch += 1
+    if last:
+        progress.epoch, progress.batch, state.carry = progress.epoch + 1, 0, None
+    for function in s.on_step:
+        function(progress, s.metrics)
+
+
+def at_limit(s: Session) -> str | None:
+    """Name the limit that has been reached."""
+    progress, limits = s.state.progress, s.limits
+    if limits.steps is not None and progress.step >= limits.steps:
+        return "steps"
+    if limits.epochs is not None and progress.epoch >= limits.epochs:
+        return "epochs"
+    return None
+
+
+def is_edge(s: Session, last: bool) -> bool:
+    """Whether anything but training happens after this step."""
+    step, limits = s.state.progress.step, s.limits
+    return (
+        last
+        or step % limits.log_every == 0
+        or step == limits.steps
+        or (limits.eval_every is not None and step % limits.eval_every == 0)
+        or (limits.checkpoint_every is not None and step % limits.checkpoint_every == 0)
+        or s.interrupts.requested is not None
+    )
+
+
+def at_edge(s: Session) -> None:
+    """Log, evaluate, stop early, save: whichever is due at this step and not done yet."""
+    progress, limits, limit = s.state.progress, s.limits, at_limit(s)
+    ended_epoch = progress.batch == 0
+    s.settle()
+    if ended_epoch or limit or progress.step % limits.log_every == 0:
+        log_window(s)
+    improved = False
+    if s.val_feed is not None and progress.evaluated_step != progress.step:
+        due = ended_epoch if limits.eval_every is None else progress.step % limits.eval_every == 0
+        if due or limit:
+            values = evaluate(s.state.evaluated, s.recipe, s.strategy, s.val_feed, "val", s.seed, s.interrupts)
+            if values is None:  # a signal came: the evaluation is repeated after the resume
+                return
+            progress.evaluated_step = progress.step
+            improved = judge(s, values)
+    progress.finished = progress.finished or limit
+    every = limits.checkpoint_every
+    due = s.record.save_is_cheap() and ended_epoch if every is None else progress.step % every == 0
+    if (due or improved or progress.finished) and s.saved_step != progress.step:
+        save(s)
+
+
+def log_window(s: Session) -> None:
+    """Log the means since the last log line, learning rates, speed and memory."""
+    progress = s.state.progress
+    if not progress.window_count:
+        return
+    values: dict[str, Any] = {n: t / progress.window_count[n] for n, t in progress.window_sum.items()}
+    for live in s.state.objectives:
+        values[live.prefix + "lr"] = live.learning_rate
+    if s.state.scaler is not None:
+        values["train/skipped_steps"] = progress.skipped_steps
+    progress.window_sum, progress.window_count = {}, {}
+    then, step = s._clock
+    s._clock = (time.perf_counter(), progress.step)
+    if progress.step > step:
+        values["time/steps_per_s"] = (progress.step - step) / (s._clock[0] - then)
+    values["system/memory_bytes"] = s.strategy.memory_bytes()
+    tell(s, values)
+
+
+def tell(s: Session, values: Mapping[str, Any]) -> None:
+    """Hand values to the record and to whoever watches."""
+    s.metrics.update(values)
+    s.record.log(s.state.progress, values)
+    for observer in s.observers:
+        observer(s.state.progress, s.metrics)
+
+
+def judge(s: Session, values: Mapping[str, Any]) -> bool:
+    """Log an evaluation and draw its consequences; return whether it is one of the best so far."""
+    progress, recipe = s.state.progress, s.recipe
+    tell(s, values)
+    for live in s.state.objectives:
+        if isinstance(live.scheduler, ReduceLROnPlateau):
+            live.scheduler.step(scalar(values, recipe.best))
+    sign = 1 if recipe.best_mode == "min" else -1
+    value = scalar(values, recipe.best)
+    ranked = sorted([*progress.best, (value, progress.step)], key=lambda entry: (sign * entry[0], entry[1]))
+    progress.best = [entry for entry in ranked if not math.isnan(entry[0])][: max(s.limits.keep_best, 1)]
+    stop = recipe.early_stop
+    if stop is not None:
+        value, sign = scalar(values, stop.metric), 1 if stop.mode == "min" else -1
+        if progress.stop_best is None or sign * value < sign * progress.stop_best - stop.min_delta:
+            progress.stop_best, progress.stop_waited = value, 0
+        else:
+            progress.stop_waited += 1
+            if progress.stop_waited >= stop.patience:
+                progress.finished = f"{stop.metric} has not improved for {stop.patience} evaluations"
+    return any(step == progress.step for _, step in progress.best)
+
+
+def scalar(values: Mapping[str, Any], name: str) -> float:
+    """Value of an evaluation by name.
+
+    Raises:
+        UserError: the evaluation gave no number of that name.
+    """
+    if not isinstance(values.get(name), int | float):
+        raise UserError(
+            f"no value {name!r} to judge the run by{nearest(name, list(values))}",
+            remedy=f"best= and early_stop= can follow: {', '.join(values)}",
+        )
+    return float(values[name])
+
+
+def save(s: Session) -> None:
+    """Write a checkpoint; weights that are not finite never replace good ones."""
+    s.settle()
+    progress = s.state.progress
+    check_finite(s)
+    for path, leaf in leaves(s.state.carry, "carry"):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            raise UserError(
+                f"{path} still holds the graph of its batch",
+                remedy='return {"carry": state.detach()} from step',
+            )
+    s.record.save(s.state, s.metrics)
+    s.saved_step = progress.step
+
+
+def check_finite(s: Session) -> None:
+    """Look at every weight once: one read of the model, where a save is about to read it anyway."""
+    named = [(n, p) for n, p in s.state.model.named_parameters() if p.is_floating_point() and p.numel()]
+    norms = torch._foreach_norm([p.detach() for _, p in named], float("inf"))
+    if not torch.stack([norm.float().cpu() for norm in norms]).isfinite().all():
+        name = next(n for (n, _), norm in zip(named, norms, strict=True) if not norm.isfinite())
+        progress = s.state.progress
+        raise NonFinite(f"parameter {name}", progress.step, progress.epoch, progress.batch)
+
+
+def leaves(tree: Any, path: str) -> list[tuple[str, Any]]:
+    """Paths and leaves of nested dicts, lists and tuples."""
+    if isinstance(tree, Mapping):
+        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}[{key!r}]")]
+    if isinstance(tree, list | tuple):
+        return [leaf for i, value in enumerate(tree) for leaf in leaves(value, f"{path}[{i}]")]
+    return [(path, tree)]

@@ -1,0 +1,86 @@
+"""Run stoker's command line in real child processes, and compare what runs leave behind."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+_FORK = multiprocessing.get_context("fork")
+
+
+def _child(words: list[str], log: Path) -> None:
+    """The command line in a forked process: torch is imported already, so a child is up in a tenth of a second."""
+    os.setpgid(0, 0)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["stoker", *map(str, words)]
+    from stoker.cli import main
+
+    main()
+
+
+def start(words: list[Any], log: Path) -> Any:
+    process = _FORK.Process(target=_child, args=(words, log))
+    process.start()
+    return process
+
+
+def run(words: list[Any], log: Path) -> int:
+    process = start(words, log)
+    process.join(240)
+    assert process.exitcode is not None, log.read_text()
+    return process.exitcode
+
+
+def run_killed(
+    words: list[Any], log: Path, delay_s: float, number: int = signal.SIGKILL, after: Path | None = None
+) -> int | None:
+    """Run a command and send it a signal a while after `after` has content (or its start); return its exit code."""
+    process = start(words, log)
+    while after is not None and process.is_alive() and not (after.exists() and after.stat().st_size):
+        time.sleep(0.01)
+    time.sleep(delay_s)
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join(240)
+    assert process.exitcode is not None, log.read_text()
+    return process.exitcode
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    """What a run logged, less what depends on the clock and the machine."""
+    lines = (out / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if not e["name"].startswith(("time/", "system/"))]
+
+
+def final(out: Path) -> dict[str, Any]:
+    """Everything the latest checkpoint holds, tensors as bytes."""
+    folder = out / "checkpoints" / "latest"
+    record = json.loads((folder / "checkpoint.json").read_text())
+    state = {k: v for k, v in record["state"].items() if k != "events_bytes"}
+    tensors = {
+        f"{file.name}:{name}": (array.dtype.str, array.shape, array.tobytes())
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
+    metrics = {k: v for k, v in record["metrics"].items()}
+    return {"name": folder.resolve().name, "state": state, "metrics": metrics, "tensors": tensors}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two runs left the same weights, optimizer state, learning rates, events and metrics, bit for bit."""
+    left, right = final(a), final(b)
+    assert left["name"] == right["name"]
+    assert left["tensors"].keys() == right["tensors"].keys()
+    differing = [name for name, value in left["tensors"].items() if value != right["tensors"][name]]
+    assert not differing
+    assert left["state"] == right["state"]
+    assert left["metrics"] == right["metrics"]
+    assert events(a) == events(b)

@@ -1,0 +1,83 @@
+"""Law 1: killed at any step, any number of times, and resumed: the same bits."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.laws.runs import assert_same, events, run, run_killed
+
+HARD = Path(__file__).with_name("hard.py")
+
+
+def command(out: Path, *extra: object) -> list[object]:
+    return ["train", HARD, "--epochs", 5, "--seed", 3, "--log-every", 4, "--quiet", "--out", out, *extra]
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_sigkill_at_twenty_random_moments(tmp_path: Path, workers: int) -> None:
+    extra = ["sleep_s=0.002", "--workers", workers, "--checkpoint-every", 5]
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert run(command(whole, *extra), log) == 0
+    moments, deaths = random.Random(workers), 0
+    for _ in range(200):
+        if deaths == 20:
+            break
+        deaths += run_killed(command(killed, *extra), log, moments.uniform(0.02, 0.6)) == -signal.SIGKILL
+        if (killed / "events.jsonl").exists() and events(killed)[-1:] == events(whole)[-1:]:
+            break
+    assert deaths >= 10, "the run was over before it could be killed ten times"
+    assert run(command(killed, *extra), log) == 0
+    assert_same(whole, killed)
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == sorted(
+        p.name for p in (killed / "checkpoints").iterdir()
+    )
+
+
+@pytest.mark.parametrize("sampling", ["shuffled", "sequential", "own"])
+def test_workers_may_change_between_resumes(tmp_path: Path, sampling: str) -> None:
+    extra = [f"sampling={sampling}", "sleep_s=0.002", "--checkpoint-every", 3]
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert run(command(whole, *extra), log) == 0
+    for workers in (2, 0, 4, 1):
+        run_killed(command(killed, *extra, "--workers", workers), log, 0.5)
+    assert run(command(killed, *extra), log) == 0
+    assert_same(whole, killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_say_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    extra = ["sleep_s=0.004", "--workers", 2]
+    assert run(command(whole, *extra), log) == 0
+    assert run_killed(command(stopped, *extra), log, 0.05, number, after=stopped / "events.jsonl") == 0
+    record = json.loads((stopped / "checkpoints" / "latest" / "checkpoint.json").read_text())
+    assert record["state"]["progress"]["finished"] is None
+    assert f"stoker resume {stopped}" in log.read_text()
+    assert run(["resume", stopped, "--quiet"], log) == 0
+    assert_same(whole, stopped)
+
+
+def test_a_signal_at_every_step_changes_nothing(tmp_path: Path) -> None:
+    """Stop after each single step, evaluations included, and go on: 60 resumes of one run."""
+    import torch
+
+    import stoker
+    from stoker.source import load_source
+
+    source = load_source(str(HARD))
+    options = {"epochs": 5, "seed": 3, "log_every": 4, "quiet": True, "eval_every": 7}
+    stoker.fit(source.recipe({}), out=tmp_path / "whole", **options)
+
+    def stop(progress: object, metrics: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    for expected in range(1, 61):
+        run = stoker.fit(source.recipe({}), out=tmp_path / "stopped", on_step=[stop], **options)
+        assert run.step == expected
+    assert run.reason is None  # the last evaluation is still to be done
+    assert stoker.fit(source.recipe({}), out=tmp_path / "stopped", **options).reason == "epochs"
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    assert torch.initial_seed() >= 0
