@@ -43,9 +43,7 @@ class TimedMLP(nn.Module):
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        )
+        self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
         # bound method: not a parameter, a buffer or a module, so nobody saves or moves it
         self.forward_started = stopwatch.forward_started
 
@@ -140,9 +138,7 @@ def accelerate(job: Job) -> nn.Module:
 
     accelerator = Accelerator(cpu=True)
     loss_fn = nn.CrossEntropyLoss()
-    model, optimizer, loader = accelerator.prepare(
-        job.model, job.optimizer(job.model.parameters()), job.loader()
-    )
+    model, optimizer, loader = accelerator.prepare(job.model, job.optimizer(job.model.parameters()), job.loader())
     model.train()
     for _ in range(job.epochs):
         for x, y in loader:

@@ -95,9 +95,7 @@ def measure_in_fresh_process(name: str, options: argparse.Namespace) -> Sample:
             text=True,
         )
         if child.returncode or not result.exists():
-            raise SystemExit(
-                f"{name} failed (exit {child.returncode}):\n{child.stdout[-2000:]}{child.stderr[-4000:]}"
-            )
+            raise SystemExit(f"{name} failed (exit {child.returncode}):\n{child.stdout[-2000:]}{child.stderr[-4000:]}")
         return Sample(**json.loads(result.read_text()))
 
 
@@ -114,8 +112,8 @@ def version_of(name: str) -> str:
         return ""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
+    except importlib.metadata.PackageNotFoundError:  # found on PYTHONPATH
+        return "not installed"
 
 
 def cpu_model() -> str:
@@ -152,9 +150,7 @@ def select(only: str | None, console: Console) -> list[str]:
         elif name == "stoker":
             raise SystemExit("stoker is not importable: pip install -e '.[bench]'")
         else:
-            console.print(
-                f"{name} is not installed, left out: pip install 'stoker[bench]' brings it", markup=False
-            )
+            console.print(f"{name} is not installed, left out: pip install 'stoker[bench]' brings it", markup=False)
     return present
 
 
@@ -168,9 +164,7 @@ def summarise(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
                 "version": version_of(name),
                 "step_s_quartiles": quartiles([s.step_s for s in mine]),
                 "ratio_quartiles": quartiles([s.step_s / by_hand.step_s for s, by_hand in rounds]),
-                "cpu_ratio_quartiles": quartiles(
-                    [s.step_cpu_s / by_hand.step_cpu_s for s, by_hand in rounds]
-                ),
+                "cpu_ratio_quartiles": quartiles([s.step_cpu_s / by_hand.step_cpu_s for s, by_hand in rounds]),
                 "rounds": [asdict(s) for s in mine],
             }
         )
@@ -233,9 +227,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="fresh processes per contestant (default 9)")
     parser.add_argument("--epochs", type=int, default=22, help="first and last are not measured (default 22)")
     parser.add_argument("--only", help=f"comma-separated, of {', '.join(CONTESTANTS)}; hand always runs")

@@ -17,7 +17,7 @@ from stoker.recipe import Recipe
 from stoker.source import load_source
 from stoker.start import seed_all_plainly
 from stoker.state import TrainState
-from stoker.train import Limits, NonFinite, Session, forward_backward, update
+from stoker.train import Limits, NonFinite, Nowhere, Session, forward_backward, update
 
 _SMOOTHING = 0.9  # of the exponential moving average over losses
 _DIVERGED = 4.0  # stop once the smoothed loss exceeds its minimum this many times
@@ -30,19 +30,6 @@ class RangeTest:
     rates: list[float]
     losses: list[float]
     suggestion: float | None
-
-
-class _Nowhere:
-    """A record that keeps nothing: a range test leaves no run behind."""
-
-    def log(self, progress: object, values: object) -> None:
-        pass
-
-    def save(self, state: object, metrics: object) -> None:
-        pass
-
-    def save_is_cheap(self) -> bool:
-        return False
 
 
 def range_test(
@@ -66,9 +53,7 @@ def range_test(
         state = TrainState(recipe, model, total_steps=steps, scaler=None)
         feed = open_feed(recipe.train, seed, batch_size=size)
         limits = Limits(None, steps)
-        s = Session(recipe, state, model, strategy, feed, None, seed, None, limits, _Nowhere(), Interrupts())
-        if not model.training:
-            model.train()
+        s = Session(recipe, state, model, strategy, feed, None, seed, None, limits, Nowhere(), Interrupts())
         if any(live.needs_closure for live in state.objectives):
             raise UserError(
                 "a range test needs an optimizer that takes one gradient a step",

@@ -160,6 +160,12 @@ class Recipe:
             if mode not in ("min", "max"):
                 raise UserError(f"mode must be 'min' or 'max', got {mode!r}")
 
+    @property
+    def length_matters(self) -> bool:
+        """Whether a schedule is a function of the run's total number of steps."""
+        assert self.objectives is not None
+        return any(o.schedule is not None and num_positional(o.schedule) >= 2 for o in self.objectives.values())
+
     def build_model(self) -> nn.Module:
         """Return the module; called once, after seeding.
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -13,15 +13,16 @@ from torch import nn
 from stoker.checkpoint.store import Checkpoint, Damaged, read
 from stoker.data.loader import Loader, check_source, epoch_batches, open_feed
 from stoker.data.seeding import isolated
+from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
 from stoker.interrupts import Interrupts
 from stoker.plan import Plan, make_plan, partition_notes
 from stoker.probes.nonfinite import explain
-from stoker.recipe import Recipe, num_positional
+from stoker.recipe import Recipe
 from stoker.run import Identity, RunDir, fresh_dir, identity_of
 from stoker.source import load_source
 from stoker.state import Progress, TrainState, load_by_name
-from stoker.train import Limits, NonFinite, Observer, Session, train
+from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, train
 from stoker.watch.console import Console, console_for
 
 
@@ -255,7 +256,39 @@ class Started:
             signal = self.session.interrupts.requested if self.session else None
             self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
         if isinstance(error, NonFinite) and self.session is not None:
-            raise explain(self.session, error) from error
+            raise self._explained(self.session, error) from error
+
+    def _explained(self, s: Session, error: NonFinite) -> UserError:
+        """Find the culprit; where it was noticed late, by running the steps since the last checkpoint again.
+
+        A run is a pure function of its recipe, arguments and seed: the second time, each step's loss is looked at
+        before its update.
+        """
+        checkpoint, _ = self.folder.store.newest_good()
+        lost = checkpoint is None and isinstance(s.recipe.model, nn.Module)  # its first weights are overwritten
+        if not s.deferred or lost:
+            return explain(s, error)
+        state = build_state(s.recipe, s.strategy, s.limits, s.seed)
+        if checkpoint is not None:
+            state.load(checkpoint.model, checkpoint.ema, checkpoint.state)
+        again = replace(
+            s,
+            state=state,
+            model=s.strategy.prepare(state.model),
+            val_feed=None,
+            limits=Limits(None, error.step + 1, log_every=error.step + 2),
+            record=Nowhere(),
+            observers=(),
+            on_step=(),
+            deferred=False,
+        )
+        try:
+            train(again)
+        except NonFinite as found:
+            return explain(again, found)
+        finally:
+            again.close()
+        return explain(s, error)
 
     def result(self) -> Run:
         """What `fit` returns."""
@@ -281,7 +314,6 @@ def start(
     folder = RunDir(
         Path(out) if out is not None else fresh_dir(recipe.origin.name), keep=keep, keep_best=limits.keep_best
     )
-    scheduled = any(o.schedule and num_positional(o.schedule) >= 2 for o in (recipe.objectives or {}).values())
     identity = identity_of(
         recipe.origin,
         seed=seed,
@@ -289,7 +321,7 @@ def start(
         epochs=limits.epochs,
         steps=limits.steps,
         eval_every=limits.eval_every,
-        length_matters=scheduled,
+        length_matters=recipe.length_matters,
     )
     strategy = plan.open()
     folder.hold()
@@ -297,10 +329,8 @@ def start(
         before = folder.read_identity()
         if before is not None:
             refuse_changes(folder, identity, before, force)
-        seed_all_plainly(seed)
-        model = recipe.build_model().to(strategy.device)
-        length = total_steps(recipe, limits, seed) if scheduled else None
-        state = TrainState(recipe, model, total_steps=length, scaler=strategy.scaler())
+        state = build_state(recipe, strategy, limits, seed)
+        model = state.model
         size = recipe.train.batch_size if isinstance(recipe.train, Loader) else None
         notes = plan.notes + partition_notes(model, plan, size)
         console = console_for(quiet)
@@ -340,9 +370,8 @@ def start(
             on_step=on_step,
             metrics=started.metrics,
             saved_step=checkpoint.step if checkpoint is not None else -1,
+            deferred=strategy.device.type != "cpu",
         )
-        if not model.training:
-            model.train()
         session.interrupts.__enter__()
         started.session = session
         console.begin(folder.path, state, limits, epoch_batches(recipe.train, seed, 0), notes)
@@ -350,6 +379,16 @@ def start(
     except BaseException:
         folder.close()
         raise
+
+
+def build_state(recipe: Recipe, strategy: Strategy, limits: Limits, seed: int) -> TrainState:
+    """Model, optimizers and schedules as they are before the first step."""
+    seed_all_plainly(seed)
+    model = recipe.build_model().to(strategy.device)
+    if not model.training:  # as from_pretrained() returns it; in a model in train mode, frozen parts stay in eval
+        model.train()
+    length = total_steps(recipe, limits, seed) if recipe.length_matters else None
+    return TrainState(recipe, model, total_steps=length, scaler=strategy.scaler())
 
 
 def beyond(progress: Progress, limits: Limits) -> bool:

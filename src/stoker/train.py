@@ -41,6 +41,19 @@ class Record(Protocol):
         ...
 
 
+class Nowhere:
+    """A record that keeps nothing."""
+
+    def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
+        pass
+
+    def save(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def save_is_cheap(self) -> bool:
+        return False
+
+
 class NonFinite(Exception):
     """A loss, or the weights, stopped being a number at `step`."""
 
@@ -80,13 +93,18 @@ class Session:
     on_step: Sequence[Observer] = ()
     metrics: dict[str, Any] = field(default_factory=dict)
     saved_step: int = -1
+    deferred: bool = False  # losses are read at the edges only, to let a device run ahead
     _pending: list[tuple[str, Any, Progress]] = field(default_factory=list)
     _clock: tuple[float, int] = (0.0, 0)
 
     def tally(self, name: str, value: Any) -> None:
-        """Add a value of this step to the log window; a device's values are read later, to let it run ahead."""
+        """Add a value of this step to the log window.
+
+        Raises:
+            NonFinite: it is nan or infinite (where `deferred`, `settle` raises it).
+        """
         progress = self.state.progress
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        if self.deferred and isinstance(value, torch.Tensor):
             here = Progress(progress.step, progress.epoch, progress.batch)
             self._pending.append((name, value.detach(), here))
         else:
@@ -95,7 +113,7 @@ class Session:
     def settle(self) -> None:
         """Read the device's pending values: the one synchronisation of a log window."""
         if self._pending:
-            values = torch.stack([value.float() for _, value, _ in self._pending]).tolist()
+            values = torch.stack([value.float() for _, value, _ in self._pending]).cpu().tolist()
             pending, self._pending = self._pending, []
             for (name, _, progress), value in zip(pending, values, strict=True):
                 self._count(name, value, progress)

@@ -20,6 +20,8 @@ def _child(words: list[str], log: Path) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # pytest's own objects were inherited
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     sys.argv = ["stoker", *map(str, words)]
     from stoker.cli import main
 
