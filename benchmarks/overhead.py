@@ -85,12 +85,13 @@ def measure(name: str, epochs: int, optimizer_name: str) -> Sample:
 def measure_in_fresh_process(name: str, options: argparse.Namespace) -> Sample:
     command = [sys.executable, __file__, "--child", name, "--epochs", str(options.epochs)]
     command += ["--optimizer", options.optimizer] + (["--pin"] if options.pin else [])
+    search = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     with tempfile.TemporaryDirectory(prefix="overhead-cwd-") as cwd:
         result = Path(cwd, "sample.json")
         child = subprocess.run(
             [*command, "--json", str(result)],
             cwd=cwd,
-            env=os.environ | CHILD_ENVIRONMENT,
+            env=os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(search)},
             capture_output=True,
             text=True,
         )
@@ -112,8 +113,8 @@ def version_of(name: str) -> str:
         return ""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # found on PYTHONPATH
-        return "not installed"
+    except importlib.metadata.PackageNotFoundError:
+        return "from source"  # found on PYTHONPATH
 
 
 def cpu_model() -> str:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 import stoker
 
-COLUMNS = (
-    "age workclass fnlwgt education education-num marital-status occupation relationship race sex "
-    "capital-gain capital-loss hours-per-week native-country"
-).split()
 NUMERIC = ["age", "education-num", "capital-gain", "capital-loss", "hours-per-week"]
-CATEGORICAL = [c for c in COLUMNS if c not in [*NUMERIC, "fnlwgt"]]  # fnlwgt is a survey weight, not a trait
+CATEGORICAL = [
+    "workclass", "education", "marital-status", "occupation", "relationship", "race", "sex", "native-country",
+]  # fmt: skip
+COLUMNS = [
+    "age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship", "race",
+    "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country", "income",
+]  # fmt: skip
 NUM_VAL = 3_256  # the last tenth of the training file
 
 Split = tuple[Tensor, Tensor, Tensor]  # numbers [N, 5], categories [N, 8], income above 50K [N]
@@ -36,15 +38,15 @@ def folder(data: str = "") -> Path:
 
 def read(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines, [*COLUMNS, "income"], skipinitialspace=True)
+        rows = csv.DictReader(lines, COLUMNS, skipinitialspace=True)
         return [row for row in rows if row["income"]]
 
 
 def load(data: str = "") -> tuple[Split, Split, Split, list[int]]:
     """Train, val and test splits, and the number of codes of each category.
 
-    Means, deviations and vocabularies come from the training rows alone; code 0 is for values they do not have.
-    "?" (missing) is a value like any other.
+    Means, deviations and vocabularies come from the training rows alone; code 0 is for values not in them.
+    "?" (missing) is a value like any other. fnlwgt is left out: it weighs the survey, and tells nothing of the person.
     """
     rows, test = read(folder(data) / "adult-train.csv"), read(folder(data) / "adult-test.csv")
     train, val = rows[:-NUM_VAL], rows[-NUM_VAL:]

@@ -13,9 +13,10 @@ PACKAGE_DIR = "/usr/share/datasets/fashion-mnist"
 
 
 def load(split: str, data: str = "") -> tuple[Tensor, Tensor]:
-    """Images [N, 1, 28, 28], standardised with the training set's statistics, and labels [N]; split: train or t10k."""
+    """Images [N, 1, 28, 28], standardised as the training set is, and labels [N]; split is "train" or "t10k"."""
     folder = Path(data or PACKAGE_DIR)
-    images_file, labels_file = folder / f"{split}-images-idx3-ubyte.gz", folder / f"{split}-labels-idx1-ubyte.gz"
+    images_file = folder / f"{split}-images-idx3-ubyte.gz"
+    labels_file = folder / f"{split}-labels-idx1-ubyte.gz"
     for file in (images_file, labels_file):
         if not file.is_file():
             raise stoker.UserError(

@@ -44,7 +44,7 @@ def train(
 def accuracy(model: nn.Module, data: str = "") -> float:
     x, y = load("t10k", data)
     model.eval()
-    hits = [(model(images).argmax(1) == labels).sum() for images, labels in zip(x.split(500), y.split(500), strict=True)]
+    hits = [(model(a).argmax(1) == b).sum() for a, b in zip(x.split(500), y.split(500), strict=True)]
     return sum(hits).item() / len(x)
 
 

@@ -37,9 +37,9 @@ def train(
     losses: list[float] = []
     epoch = 0
     while len(losses) < total_steps:
-        batches = order(epoch) if order else [b.tolist() for b in torch.randperm(len(names)).split(batch_size)]
+        batches = order(epoch) if order else torch.randperm(len(names)).split(batch_size)
         for batch in batches[: total_steps - len(losses)]:
-            x, y = collate([names[i] for i in batch])
+            x, y = collate([names[int(i)] for i in batch])
             loss = criterion(model(x), y)
             optimizer.zero_grad()
             loss.backward()

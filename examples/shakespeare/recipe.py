@@ -1,7 +1,7 @@
 """Tiny Shakespeare: characters. `stoker train examples/shakespeare/recipe.py --steps 2000 --eval-every 500`.
 
-nanoGPT's CPU recipe. `val/loss` is the mean over every character of the validation split, each seen in the context
-of its window of 64; nanoGPT estimates the same from 20 random batches.
+nanoGPT's CPU recipe, but for how wide the weights begin. `val/loss` is the mean over every character of the
+validation split, each in the context of its window of 64; nanoGPT estimates the same from 20 random batches.
 """
 
 import torch

@@ -16,8 +16,8 @@ Windows = tuple[Tensor, Tensor]  # characters [N, block] and, for each, the next
 def load(block: int, data: str = "") -> tuple[Windows, Windows, int]:
     """Windows of the first 90 % and of the rest of the text, and the number of distinct characters.
 
-    Training windows begin at every character; validation windows do not overlap and cover their part of the text
-    (but for its last few characters). All are views of the text: overlapping costs no memory.
+    Training windows begin at every character; validation windows follow one another and cover their part of the
+    text but for its last few characters. All are views of the text: overlapping costs no memory.
     """
     root = data or os.environ.get("STOKER_DATA") or os.environ.get("STOKER_TEST_DATA")
     file = Path(root or Path(__file__).parents[3] / "shared" / "data") / "tinyshakespeare" / "input.txt"
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, D]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # [B, T, H, D] -> [B, T, C]
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -66,10 +66,13 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, num_codes, bias=False)
         self.head.weight = self.embed.weight
-        for name, weight in self.named_parameters():
+        for table in (self.embed, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+        std = 0.02 * math.sqrt(768 / width)  # nanoGPT's 0.02 is GPT-2's, of width 768
+        for name, weight in self.blocks.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+                nn.init.normal_(weight, std=std / math.sqrt(2 * layers) if residual else std)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.position.weight[: ids.shape[1]]  # [B, T, C]

@@ -15,9 +15,8 @@ from stoker.errors import UserError
 from stoker.interrupts import Interrupts
 from stoker.recipe import Recipe
 from stoker.source import load_source
-from stoker.start import seed_all_plainly
-from stoker.state import TrainState
-from stoker.train import Limits, NonFinite, Nowhere, Session, forward_backward, update
+from stoker.start import build_state
+from stoker.train import Limits, Nowhere, Session, finish_step, forward_backward, update
 
 _SMOOTHING = 0.9  # of the exponential moving average over losses
 _DIVERGED = 4.0  # stop once the smoothed loss exceeds its minimum this many times
@@ -47,51 +46,52 @@ def range_test(
     size = recipe.train.batch_size if isinstance(recipe.train, Loader) else None
     check_source(recipe.train, "train", batch_size=size)
     strategy = Single(find_device(device))
+    limits = Limits(None, steps)
     with isolated():
-        seed_all_plainly(seed)
-        model = recipe.build_model().to(strategy.device)
-        state = TrainState(recipe, model, total_steps=steps, scaler=None)
-        feed = open_feed(recipe.train, seed, batch_size=size)
-        limits = Limits(None, steps)
-        s = Session(recipe, state, model, strategy, feed, None, seed, None, limits, Nowhere(), Interrupts())
+        state = build_state(recipe, strategy, limits, seed)
         if any(live.needs_closure for live in state.objectives):
             raise UserError(
                 "a range test needs an optimizer that takes one gradient a step",
                 why="LBFGS searches its own rate",
             )
-        rates, losses = _sweep(s, low, high, steps)
+        feed = open_feed(recipe.train, seed, batch_size=size)
+        s = Session(recipe, state, state.model, strategy, feed, None, seed, None, limits, Nowhere(), Interrupts())
+        rates, losses = _sweep(s, [low * (high / low) ** (i / (steps - 1)) for i in range(steps)])
     return RangeTest(rates, losses, steepest(rates, losses))
 
 
-def _sweep(s: Session, low: float, high: float, steps: int) -> tuple[list[float], list[float]]:
+def _sweep(s: Session, schedule: list[float]) -> tuple[list[float], list[float]]:
+    """Rates and smoothed losses, up to where the loss diverges. Groups keep the ratios of their own rates."""
+    groups = [group for live in s.state.objectives for group in live.optimizer.param_groups]
+    ratios = [group["lr"] / groups[0]["lr"] if groups[0]["lr"] else 1.0 for group in groups]
     rates: list[float] = []
     losses: list[float] = []
     average, progress = 0.0, s.state.progress
-    while len(rates) < steps:
+    while len(rates) < len(schedule):
         for batch, last in s.feed.epoch(progress.epoch, progress.batch):
-            rate = low * (high / low) ** (len(rates) / (steps - 1))
+            rate = schedule[len(rates)]
+            for group, ratio in zip(groups, ratios, strict=True):
+                group["lr"] = rate * ratio
             seed_all(fold(s.seed, STEP, progress.step))
             total = 0.0
             for live in s.state.objectives:
-                first = live.optimizer.param_groups[0].setdefault("base", live.learning_rate)
-                for group in live.optimizer.param_groups:
-                    group["lr"] = rate * group.setdefault("base", group["lr"]) / first if first else rate
-                try:
-                    total += float(forward_backward(s, live, batch))
-                except NonFinite:
-                    return rates, losses
+                total += float(forward_backward(s, live, batch))
                 update(s, live)
             average = _SMOOTHING * average + (1 - _SMOOTHING) * total
             smoothed = average / (1 - _SMOOTHING ** (len(rates) + 1))
-            if not math.isfinite(smoothed) or (losses and smoothed > _DIVERGED * min(losses) + 1e-12):
+            if not math.isfinite(smoothed) or _diverged(smoothed, losses):
                 return rates, losses
             rates.append(rate)
             losses.append(smoothed)
-            progress.step += 1
-            progress.epoch, progress.batch = (progress.epoch + 1, 0) if last else (progress.epoch, progress.batch + 1)
-            if len(rates) == steps:
+            finish_step(s, last)
+            if len(rates) == len(schedule):
                 break
     return rates, losses
+
+
+def _diverged(loss: float, losses: list[float]) -> bool:
+    lowest = min(losses, default=math.inf)
+    return loss > lowest + (_DIVERGED - 1) * abs(lowest)
 
 
 def steepest(rates: list[float], losses: list[float]) -> float | None:

@@ -55,7 +55,7 @@ def console_for(quiet: bool) -> Console:
     terminal = Terminal(soft_wrap=True, highlight=False)
     if quiet:
         return Quiet()
-    return Lines(terminal, live=terminal.is_terminal or terminal.is_jupyter)
+    return Lines(terminal)
 
 
 class Quiet:
@@ -87,10 +87,11 @@ class Quiet:
 
 
 class Lines:
-    """Progress on a terminal, refreshed by a thread that only reads; or lines, at most one in 30 s."""
+    """Progress on a terminal, refreshed by a thread that only reads; in a notebook, one line written over and over;
+    elsewhere lines, at most one in 30 s."""
 
-    def __init__(self, terminal: Terminal, *, live: bool) -> None:
-        self._terminal, self._is_live = terminal, live
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
         self._live: Live | None = None
         self._metrics: Mapping[str, Any] = {}
         self._began_s = self._line_s = time.monotonic()
@@ -112,15 +113,19 @@ class Lines:
         self._terminal.print(f"{where} in {path}  ({count:,} parameters)")
         for note in notes:
             self.note(note)
-        if self._is_live:
+        if self._terminal.is_terminal and not self._terminal.is_jupyter:
             self._live = Live(console=self._terminal, get_renderable=self._render, refresh_per_second=4, transient=True)
             self._live.start()
 
     def observe(self, progress: "Progress", metrics: Mapping[str, Any]) -> None:
         self._metrics = metrics
-        if self._live is None and time.monotonic() - self._line_s >= _LINE_EVERY_S:
+        every_s = 1.0 if self._terminal.is_jupyter else _LINE_EVERY_S
+        if self._live is None and time.monotonic() - self._line_s >= every_s:
             self._line_s = time.monotonic()
-            self._terminal.print(self._text())
+            if self._terminal.is_jupyter:
+                print("\r" + self._text(), end="", flush=True)
+            else:
+                self._terminal.print(self._text())
 
     def note(self, text: str) -> None:
         self._terminal.print(Text(f"note: {text}", style="yellow"))
