@@ -24,14 +24,14 @@ Split = tuple[Tensor, Tensor, Tensor]  # numbers [N, 5], categories [N, 8], inco
 
 def folder(data: str = "") -> Path:
     root = data or os.environ.get("STOKER_DATA") or os.environ.get("STOKER_TEST_DATA")
-    path = Path(root or Path(__file__).parents[3] / "shared" / "data") / "adult"
+    path = Path(root or Path(__file__).parent / "../../../shared/data").resolve() / "adult"
     for name in ("adult-train.csv", "adult-test.csv"):
         if not (path / name).is_file():
             raise stoker.UserError(
                 f"the Adult data is not here: {path / name} does not exist",
                 why="examples download nothing",
-                remedy=f"put UCI's adult.data and adult.test there as FOLDER/adult/adult-train.csv and {name}, "
-                "without header or comment lines, then pass data=FOLDER or set STOKER_DATA=FOLDER",
+                remedy="put UCI's adult.data and adult.test, without comment lines, into FOLDER/adult as "
+                "adult-train.csv and adult-test.csv, then pass data=FOLDER or set STOKER_DATA=FOLDER",
             )
     return path
 

@@ -15,7 +15,7 @@ Sample = tuple[Tensor, int]  # character codes [L] from 1 up (0 is padding and u
 
 def folder(data: str = "") -> Path:
     root = data or os.environ.get("STOKER_DATA") or os.environ.get("STOKER_TEST_DATA")
-    path = Path(root or Path(__file__).parents[3] / "shared" / "data") / "names"
+    path = Path(root or Path(__file__).parent / "../../../shared/data").resolve() / "names"
     if not any(path.glob("*.txt")):
         raise stoker.UserError(
             f"the surnames are not here: {path} holds no LANGUAGE.txt",

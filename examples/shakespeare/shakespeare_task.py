@@ -20,7 +20,7 @@ def load(block: int, data: str = "") -> tuple[Windows, Windows, int]:
     text but for its last few characters. All are views of the text: overlapping costs no memory.
     """
     root = data or os.environ.get("STOKER_DATA") or os.environ.get("STOKER_TEST_DATA")
-    file = Path(root or Path(__file__).parents[3] / "shared" / "data") / "tinyshakespeare" / "input.txt"
+    file = Path(root or Path(__file__).parent / "../../../shared/data").resolve() / "tinyshakespeare/input.txt"
     if not file.is_file():
         raise stoker.UserError(
             f"Tiny Shakespeare is not here: {file} does not exist",

@@ -8,11 +8,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from stoker.data.loader import Loader
     from stoker.errors import UserError
+    from stoker.infer import load
     from stoker.plan import Plan
     from stoker.probes.summary import summary
     from stoker.recipe import EarlyStop, Objective, Recipe
     from stoker.schedules import constant, cosine, linear
-    from stoker.start import Run, fit, load, resume
+    from stoker.start import Run, fit, resume
 
 _HOME = {
     "EarlyStop": "recipe",
@@ -26,7 +27,7 @@ _HOME = {
     "cosine": "schedules",
     "fit": "start",
     "linear": "schedules",
-    "load": "start",
+    "load": "infer",
     "resume": "start",
     "summary": "probes.summary",
 }

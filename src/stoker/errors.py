@@ -1,4 +1,13 @@
-"""The one exception that is meant for the user's eyes."""
+"""The one exception that is meant for the user's eyes, and how other people's exceptions are told to them."""
+
+import traceback
+from pathlib import Path
+
+_SOURCE = str(Path(__file__).parent)
+_LIBRARIES = (str(Path(traceback.__file__).parent), "site-packages", "dist-packages", "<frozen")
+
+# Where stoker calls the recipe's own model, loss, step, optimizer and metrics.
+_BOUNDARIES = {"forward_backward", "score_batch", "build_model", "_live", "outputs", "epoch"}
 
 
 class UserError(Exception):
@@ -26,3 +35,33 @@ def nearest(word: str, valid: list[str]) -> str:
 
     close = get_close_matches(word, valid, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def trail(error: BaseException) -> list[str]:
+    """Lines of the user's own code that an exception came through, outermost first, as `file:line: code`."""
+    return [f"{f.filename}:{f.lineno}: {f.line}" for f in traceback.extract_tb(error.__traceback__) if _is_users(f)]
+
+
+def _is_users(frame: traceback.FrameSummary) -> bool:
+    return not frame.filename.startswith(_SOURCE) and not any(part in frame.filename for part in _LIBRARIES)
+
+
+def told(error: BaseException, doing: str) -> UserError:
+    """Message for an exception out of the user's own code."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return UserError(f"{error.filename}:{error.lineno}: {error.msg}", why=(error.text or "").strip())
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    where = "\n          ".join(trail(error))
+    return UserError(f"{doing} raised {type(error).__name__}: {error}{notes}", why=f"at {where}" if where else "")
+
+
+def recipes_fault(error: BaseException) -> UserError | None:
+    """Message for an exception that the recipe's own code raised; None for one that is stoker's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [i for i, frame in enumerate(frames) if frame.filename.startswith(_SOURCE)]
+    inner = frames[own[-1] + 1 :] if own else frames
+    at_boundary = bool(own and inner) and frames[own[-1]].name in _BOUNDARIES
+    if not at_boundary and not any(map(_is_users, inner)):
+        return None
+    message = told(error, "the recipe")
+    return UserError(message.what, why=message.why, remedy="STOKER_TRACEBACK=1 shows the whole traceback")

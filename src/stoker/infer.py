@@ -1,4 +1,4 @@
-"""Evaluation and prediction with a finished or unfinished run's weights."""
+"""A run's weights, in use: load, evaluate, predict."""
 
 import csv
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from stoker.checkpoint.store import Checkpoint
+from stoker.checkpoint.store import Checkpoint, Damaged, read
 from stoker.data.batch import num_rows
 from stoker.data.feeds import Feed
 from stoker.data.loader import Loader, check_source, open_feed
@@ -21,7 +21,8 @@ from stoker.evaluate import evaluate
 from stoker.interrupts import Interrupts
 from stoker.recipe import Recipe, unpack
 from stoker.run import Identity, RunDir
-from stoker.start import find_checkpoint, rebuild, require_identity, restore_model
+from stoker.start import Run, rebuild, require_identity, seed_all_plainly
+from stoker.state import load_by_name
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,51 @@ def open_run(run: str | Path, which: str = "best", device: str | None = None) ->
     strategy = Single(find_device(device), identity.precision)
     model = restore_model(recipe, checkpoint, identity.seed).to(strategy.device)
     return Opened(folder, identity, recipe, checkpoint, model, strategy)
+
+
+def load(run: Run | str | Path, recipe: Recipe | None = None, *, which: str = "best") -> nn.Module:
+    """Return a run's model in eval mode, on the CPU, with the weights of its best (else its latest) checkpoint.
+
+    Args:
+        run: a Run, a run's folder, or one of its checkpoint folders.
+        recipe: the recipe, where the run's own cannot be called again.
+        which: "best" or "latest".
+
+    Raises:
+        UserError: no run, no good checkpoint, or weights that are not this recipe's model's.
+    """
+    path = run.dir if isinstance(run, Run) else Path(run)
+    given = path.parent.parent if (path / "checkpoint.json").is_file() else None
+    folder = RunDir(path.resolve().parent.parent if given is not None else path)
+    identity = require_identity(folder)
+    checkpoint = find_checkpoint(folder, path if given is not None else None, which)
+    return restore_model(recipe or rebuild(folder, identity), checkpoint, identity.seed)
+
+
+def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Module:
+    """Build the recipe's model, and its losses where they have weights, with a checkpoint's; in eval mode."""
+    with isolated():
+        seed_all_plainly(seed)
+        model = recipe.build_model()
+    weights = checkpoint.ema if checkpoint.ema is not None else checkpoint.model
+    load_by_name(model, {**weights, **checkpoint.state["model_extra"]}, "model")
+    for name, tensors in checkpoint.state["losses"].items():
+        loss = (recipe.objectives or {})[name].loss
+        assert isinstance(loss, nn.Module)  # only those have tensors in a checkpoint
+        load_by_name(loss, tensors, f"loss of {name}")
+    return model.eval()
+
+
+def find_checkpoint(folder: RunDir, path: Path | None, which: str) -> Checkpoint:
+    """Read the asked-for checkpoint of a run, verified.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    chosen = path or (folder.store.best() if which == "best" else None) or folder.store.latest()
+    if chosen is None:
+        raise UserError(f"{folder.path} has no checkpoint yet", remedy=f"stoker resume {folder.path}")
+    try:
+        return read(chosen)
+    except Damaged as error:
+        raise UserError(f"a damaged checkpoint: {error}", remedy="choose another one of the run by its path") from error

@@ -100,7 +100,7 @@ class Shares:
                 self._norm = _at_least_one(count) * self._num_parts if self._num_parts > 1 else _nonzero(count)
             self._total = self._total + count
             loss = loss / self._norm
-        self.value = self.value + loss.detach()
+        self.value = loss.detach() if self._num_parts == 1 else self.value + loss.detach()
         return loss
 
     def finish(self, parameters: list[torch.Tensor]) -> Any:

@@ -34,6 +34,14 @@ class Plan:
     compile: bool = False
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        words = [f"{self.devices} x {self.device}", self.precision]
+        words += [f"microbatch {self.microbatch}"] if self.microbatch else []
+        words += [f"{self.workers} workers"] if self.workers else []
+        words += ["compiled"] if self.compile else []
+        return ", ".join(words)
+
     def open(self) -> Strategy:
         """Return the strategy that carries the plan out."""
         return Single(torch.device(self.device), self.precision, self.compile)

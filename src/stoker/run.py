@@ -11,7 +11,7 @@ import random
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,6 +54,7 @@ class Identity:
     steps: int | None
     eval_every: int | None
     length_matters: bool  # the schedule is a function of the run's length
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `fit`, that do not change the result
 
     def differences(self, then: "Identity") -> list[str]:
         """Lines that say what was and what is, for every difference that changes the result."""
@@ -168,6 +169,7 @@ class RunDir:
                 source=source,
                 seed=recorded["seed"],
                 precision=recorded["plan"]["precision"],
+                options=recorded["options"],
                 **recorded["limits"],
             )
         except FileNotFoundError:
@@ -195,6 +197,7 @@ class RunDir:
                 "eval_every": identity.eval_every,
                 "length_matters": identity.length_matters,
             },
+            "options": dict(identity.options),
             "source_sha256": hashlib.sha256(identity.source.encode()).hexdigest(),
             "git_commit": _git_commit(Path(identity.file).parent) if identity.file else None,
             "versions": {
@@ -235,7 +238,7 @@ class RunDir:
                 remedy="make room, then run the same command again: it goes on from the last checkpoint",
             ) from error
 
-    def save(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
         """Write a checkpoint that also remembers how far the event log had come."""
         began = time.monotonic()
         if self._events is None:
@@ -254,6 +257,7 @@ class RunDir:
             ema=_tensors(state.ema) if state.ema is not None else None,
             state={**state.tree(), "events_bytes": self._events.tell()},
             best=[step for _, step in progress.best],
+            interim=interim,
         )
         self._saved_at = time.monotonic()
         self._save_s = self._saved_at - began

@@ -5,7 +5,6 @@ import enum
 import importlib.util
 import inspect
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stoker.errors import UserError, nearest
+from stoker.errors import UserError, nearest, told
 from stoker.recipe import Origin, Recipe, check_arguments, parameters_of
 
 
@@ -79,7 +78,7 @@ class Source:
         except UserError:
             raise
         except Exception as error:
-            raise told(error, self.file, f"{self.function_name}()") from error
+            raise told(error, f"{self.function_name}()") from error
         if not isinstance(recipe, Recipe):
             raise UserError(
                 f"{self.label} returned a {type(recipe).__name__}, not a stoker.Recipe",
@@ -137,19 +136,8 @@ def _import(file: Path) -> types.ModuleType:
         raise
     except Exception as error:
         del sys.modules[name]
-        raise told(error, file, "the file") from error
+        raise told(error, file.name) from error
     return module
-
-
-def told(error: Exception, file: Path, doing: str) -> UserError:
-    """Message for an exception out of the user's own code: the line of theirs that it came through."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return UserError(f"{error.filename}:{error.lineno}: {error.msg}", why=(error.text or "").strip())
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if Path(f.filename).parent == file.parent] or frames
-    trail = "\n          ".join(f"{f.filename}:{f.lineno}: {f.line}" for f in own)
-    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-    return UserError(f"{doing} raised {type(error).__name__}: {error}{notes}", why=f"at {trail}")
 
 
 def describe(source: Source) -> str:

@@ -1,4 +1,4 @@
-"""From a recipe to a run: fit, resume, load. Everything is put together here once, before the loop."""
+"""From a recipe to a run: fit and resume. Everything is put together here once, before the loop."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from stoker.checkpoint.store import Checkpoint, Damaged, read
-from stoker.data.loader import Loader, check_source, epoch_batches, open_feed
+from stoker.checkpoint.store import Checkpoint
+from stoker.data.loader import Loader, check_source, epoch_batches, open_feed, sample_ids
 from stoker.data.seeding import isolated
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
@@ -21,7 +21,7 @@ from stoker.probes.nonfinite import explain
 from stoker.recipe import Recipe
 from stoker.run import Identity, RunDir, fresh_dir, identity_of
 from stoker.source import load_source
-from stoker.state import Progress, TrainState, load_by_name
+from stoker.state import Progress, TrainState
 from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, train
 from stoker.watch.console import Console, console_for
 
@@ -129,9 +129,9 @@ def resume(run: str | Path, recipe: Recipe | None = None, **changes: Any) -> Run
 
 
 def recorded_options(identity: Identity) -> dict[str, Any]:
-    """Options of `fit` that a run began with and that its result depends on."""
+    """Options of `fit` that a run began with; its device is looked for anew."""
     names = ("epochs", "steps", "eval_every", "seed", "precision")
-    return {name: getattr(identity, name) for name in names}
+    return {**{name: getattr(identity, name) for name in names}, **identity.options}
 
 
 def require_identity(folder: RunDir) -> Identity:
@@ -167,54 +167,6 @@ def rebuild(folder: RunDir, identity: Identity) -> Recipe:
     return source.recipe(identity.arguments)
 
 
-def load(run: "Run | str | Path", recipe: Recipe | None = None, *, which: str = "best") -> nn.Module:
-    """Return a run's model in eval mode, on the CPU, with the weights of its best (else its latest) checkpoint.
-
-    Args:
-        run: a Run, a run's folder, or one of its checkpoint folders.
-        recipe: the recipe, where the run's own cannot be called again.
-        which: "best" or "latest".
-
-    Raises:
-        UserError: no run, no good checkpoint, or weights that are not this recipe's model's.
-    """
-    path = run.dir if isinstance(run, Run) else Path(run)
-    given = path.parent.parent if (path / "checkpoint.json").is_file() else None
-    folder = RunDir(path.resolve().parent.parent if given is not None else path)
-    identity = require_identity(folder)
-    checkpoint = find_checkpoint(folder, path if given is not None else None, which)
-    return restore_model(recipe or rebuild(folder, identity), checkpoint, identity.seed)
-
-
-def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Module:
-    """Build the recipe's model, and its losses where they have weights, with a checkpoint's; in eval mode."""
-    with isolated():
-        seed_all_plainly(seed)
-        model = recipe.build_model()
-    weights = checkpoint.ema if checkpoint.ema is not None else checkpoint.model
-    load_by_name(model, {**weights, **checkpoint.state["model_extra"]}, "model")
-    for name, tensors in checkpoint.state["losses"].items():
-        loss = (recipe.objectives or {})[name].loss
-        assert isinstance(loss, nn.Module)  # only those have tensors in a checkpoint
-        load_by_name(loss, tensors, f"loss of {name}")
-    return model.eval()
-
-
-def find_checkpoint(folder: RunDir, path: Path | None, which: str) -> Checkpoint:
-    """Read the asked-for checkpoint of a run, verified.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    chosen = path or (folder.store.best() if which == "best" else None) or folder.store.latest()
-    if chosen is None:
-        raise UserError(f"{folder.path} has no checkpoint yet", remedy=f"stoker resume {folder.path}")
-    try:
-        return read(chosen)
-    except Damaged as error:
-        raise UserError(f"a damaged checkpoint: {error}", remedy="choose another one of the run by its path") from error
-
-
 def seed_all_plainly(seed: int) -> None:
     """Seed as a plain training script does before it builds its model, so that both build the same one."""
     random.seed(seed)
@@ -243,13 +195,55 @@ class Started:
         self.session: Session | None = None
         self.metrics: dict[str, Any] = {}
 
+    def open(
+        self,
+        recipe: Recipe,
+        strategy: Strategy,
+        limits: Limits,
+        seed: int,
+        saved_step: int,
+        on_step: Sequence[Observer],
+    ) -> None:
+        """Open the data and make the session that the loop works on."""
+        source = {
+            "batch_size": global_batch_size(recipe) or 64,
+            "workers": self.plan.workers,
+            "pin_memory": strategy.device.type == "cuda",
+        }
+        self.session = Session(
+            recipe=recipe,
+            state=self.state,
+            model=strategy.prepare(self.state.model),
+            strategy=strategy,
+            feed=open_feed(recipe.train, seed, **source),
+            val_feed=open_feed(recipe.val, seed, evaluation=True, **source) if recipe.val is not None else None,
+            seed=seed,
+            microbatch=self.plan.microbatch,
+            limits=limits,
+            record=self.folder,
+            interrupts=Interrupts(),
+            observers=[self.console.observe],
+            on_step=on_step,
+            metrics=self.metrics,
+            saved_step=saved_step,
+            deferred=strategy.device.type != "cpu",
+        )
+        self.console.begin(self.folder.path, self.state, limits, epoch_batches(recipe.train, seed, 0), self.plan)
+
     def __enter__(self) -> "Started":
+        if self.session is not None:
+            self.session.interrupts.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        progress = self.state.progress
         if self.session is not None:
             self.session.interrupts.__exit__(kind, error, trace)
             self.session.close()
+            if isinstance(error, Exception) and not isinstance(error, UserError | NonFinite):
+                ids = sample_ids(self.session.recipe.train, self.session.seed, progress.epoch, progress.batch)
+                samples = f", samples {', '.join(map(str, ids[:16]))}" if ids else ""
+                error.add_note(f"in step {progress.step + 1} (epoch {progress.epoch}, batch {progress.batch}{samples})")
         self.console.stop()
         self.folder.close()
         if error is None:
@@ -311,10 +305,32 @@ def start(
 ) -> Started:
     """Check everything that can be checked, build the state, and take over a checkpoint if the folder has one."""
     check_limits(recipe, limits)
-    folder = RunDir(
-        Path(out) if out is not None else fresh_dir(recipe.origin.name), keep=keep, keep_best=limits.keep_best
-    )
-    identity = identity_of(
+    path = Path(out) if out is not None else fresh_dir(recipe.origin.name)
+    folder = RunDir(path, keep=keep, keep_best=limits.keep_best)
+    identity = identify(recipe, plan, limits, seed, keep)
+    folder.hold()
+    try:
+        before = folder.read_identity()
+        if before is not None:
+            refuse_changes(folder, identity, before, force)
+        strategy = plan.open()
+        state = build_state(recipe, strategy, limits, seed)
+        plan = replace(plan, notes=plan.notes + partition_notes(state.model, plan, global_batch_size(recipe)))
+        started = Started(folder, console_for(quiet), plan, state)
+        checkpoint = take_over(started, limits)
+        if not state.progress.finished:
+            folder.write_identity(identity, plan)
+            folder.open_events(checkpoint.state["events_bytes"] if checkpoint is not None else 0)
+            started.open(recipe, strategy, limits, seed, checkpoint.step if checkpoint is not None else -1, on_step)
+        return started
+    except BaseException:
+        folder.close()
+        raise
+
+
+def identify(recipe: Recipe, plan: Plan, limits: Limits, seed: int, keep: int) -> Identity:
+    """Identity of a run, with the options that `stoker resume` takes over."""
+    return identity_of(
         recipe.origin,
         seed=seed,
         precision=plan.precision,
@@ -322,63 +338,37 @@ def start(
         steps=limits.steps,
         eval_every=limits.eval_every,
         length_matters=recipe.length_matters,
-    )
-    strategy = plan.open()
-    folder.hold()
-    try:
-        before = folder.read_identity()
-        if before is not None:
-            refuse_changes(folder, identity, before, force)
-        state = build_state(recipe, strategy, limits, seed)
-        model = state.model
-        size = recipe.train.batch_size if isinstance(recipe.train, Loader) else None
-        notes = plan.notes + partition_notes(model, plan, size)
-        console = console_for(quiet)
-        started = Started(folder, console, plan, state)
-        checkpoint, complaints = folder.store.newest_good()
-        for complaint in complaints:
-            console.note(f"skipped a damaged checkpoint: {complaint}")
-        if checkpoint is not None:
-            state.load(checkpoint.model, checkpoint.ema, checkpoint.state)
-            started.metrics = dict(checkpoint.metrics)
-            outgrown = beyond(state.progress, limits)
-            if state.progress.finished in ("epochs", "steps") and outgrown:
-                state.progress.finished = None
-        if before is None or force or before.epochs != limits.epochs or before.steps != limits.steps:
-            folder.write_identity(identity, plan)
-        if state.progress.finished:
-            return started
-        folder.open_events(checkpoint.state["events_bytes"] if checkpoint is not None else 0)
-        source = {
-            "batch_size": size or 64,
+        options={
+            "checkpoint_every": limits.checkpoint_every,
+            "log_every": limits.log_every,
+            "keep": keep,
+            "keep_best": limits.keep_best,
+            "microbatch": plan.microbatch,
             "workers": plan.workers,
-            "pin_memory": strategy.device.type == "cuda",
-        }
-        session = Session(
-            recipe=recipe,
-            state=state,
-            model=strategy.prepare(model),
-            strategy=strategy,
-            feed=open_feed(recipe.train, seed, **source),
-            val_feed=open_feed(recipe.val, seed, evaluation=True, **source) if recipe.val is not None else None,
-            seed=seed,
-            microbatch=plan.microbatch,
-            limits=limits,
-            record=folder,
-            interrupts=Interrupts(),
-            observers=[console.observe],
-            on_step=on_step,
-            metrics=started.metrics,
-            saved_step=checkpoint.step if checkpoint is not None else -1,
-            deferred=strategy.device.type != "cpu",
-        )
-        session.interrupts.__enter__()
-        started.session = session
-        console.begin(folder.path, state, limits, epoch_batches(recipe.train, seed, 0), notes)
-        return started
-    except BaseException:
-        folder.close()
-        raise
+            "compile": plan.compile,
+        },
+    )
+
+
+def take_over(started: Started, limits: Limits) -> Checkpoint | None:
+    """Load the newest checkpoint that verifies, saying which newer ones did not."""
+    checkpoint, complaints = started.folder.store.newest_good()
+    for complaint in complaints:
+        started.console.note(f"skipped a damaged checkpoint: {complaint}")
+    if complaints and checkpoint is None:
+        started.console.note("no good checkpoint is left: the run begins anew")
+    if checkpoint is not None:
+        state = started.state
+        state.load(checkpoint.model, checkpoint.ema, checkpoint.state)
+        started.metrics = dict(checkpoint.metrics)
+        if state.progress.finished in ("epochs", "steps") and beyond(state.progress, limits):
+            state.progress.finished = None
+    return checkpoint
+
+
+def global_batch_size(recipe: Recipe) -> int | None:
+    """Batch size of the training data; None where there are no batches, or a batch sampler decides."""
+    return recipe.train.batch_size if isinstance(recipe.train, Loader) else None
 
 
 def build_state(recipe: Recipe, strategy: Strategy, limits: Limits, seed: int) -> TrainState:
@@ -410,8 +400,7 @@ def check_limits(recipe: Recipe, limits: Limits) -> None:
         value = getattr(limits, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
-    size = recipe.train.batch_size if isinstance(recipe.train, Loader) else None
-    check_source(recipe.train, "train", batch_size=size)
+    check_source(recipe.train, "train", batch_size=global_batch_size(recipe))
     for name in ("val", "test"):
         if getattr(recipe, name) is not None:
             check_source(getattr(recipe, name), name)

@@ -119,14 +119,12 @@ class TrainState:
         return Live(name, spec, optimizer, owned, scheduler, closure, spec.takes_carry, prefix, prefix + "loss")
 
     @torch.no_grad()
-    def average(self) -> None:
+    def average(self, ema: nn.Module) -> None:
         """Move the averaged weights towards the current ones; buffers are copied."""
-        if self.ema is None:
-            return
-        averaged: list[torch.Tensor] = list(self.ema.parameters())
+        averaged: list[torch.Tensor] = list(ema.parameters())
         current: list[torch.Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.ema_decay)
-        for ours, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+        for ours, theirs in zip(ema.buffers(), self.model.buffers(), strict=True):
             ours.copy_(theirs)
 
     @property

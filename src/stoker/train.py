@@ -32,7 +32,7 @@ class Record(Protocol):
         """Append values to the events."""
         ...
 
-    def save(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
         """Write a checkpoint."""
         ...
 
@@ -47,7 +47,7 @@ class Nowhere:
     def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
         pass
 
-    def save(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
         pass
 
     def save_is_cheap(self) -> bool:
@@ -142,6 +142,7 @@ def train(s: Session) -> Session:
     if progress.step:
         at_edge(s)  # what an interruption left undone: an evaluation, say
     while not progress.finished and not s.interrupts.requested:
+        began = progress.step
         for batch, last in s.feed.epoch(progress.epoch, progress.batch):
             seed_all(fold(s.seed, STEP, progress.step))
             for live in state.objectives:
@@ -157,9 +158,19 @@ def train(s: Session) -> Session:
                 at_edge(s)
             if progress.finished or s.interrupts.requested:
                 break
+        refuse_empty(progress, began)
     if s.saved_step != progress.step:
-        save(s)
+        save(s, interim=True)
     return s
+
+
+def refuse_empty(progress: Progress, began: int) -> None:
+    """Refuse an epoch without a batch: it would be repeated for ever."""
+    if progress.step == began:
+        raise UserError(
+            f"the training data gave no batch in epoch {progress.epoch} from batch {progress.batch} on",
+            remedy="check the sampler or the iterable dataset: has it fewer samples than before?",
+        )
 
 
 def forward_backward(s: Session, live: Live, batch: Any) -> Any:
@@ -216,7 +227,8 @@ def update(s: Session, live: Live) -> None:
 def finish_step(s: Session, last: bool) -> None:
     """Count the step and prepare what the next one carries over."""
     progress, state = s.state.progress, s.state
-    state.average()
+    if state.ema is not None:
+        state.average(state.ema)
     progress.step += 1
     progress.batch += 1
     if last:
@@ -255,7 +267,7 @@ def at_edge(s: Session) -> None:
     s.settle()
     if ended_epoch or limit or progress.step % limits.log_every == 0:
         log_window(s)
-    improved = False
+    judged = improved = False
     if s.val_feed is not None and progress.evaluated_step != progress.step:
         due = ended_epoch if limits.eval_every is None else progress.step % limits.eval_every == 0
         if due or limit:
@@ -263,11 +275,11 @@ def at_edge(s: Session) -> None:
             if values is None:  # a signal came: the evaluation is repeated after the resume
                 return
             progress.evaluated_step = progress.step
-            improved = judge(s, values)
+            judged, improved = True, judge(s, values)
     progress.finished = progress.finished or limit
     every = limits.checkpoint_every
     due = s.record.save_is_cheap() and ended_epoch if every is None else progress.step % every == 0
-    if (due or improved or progress.finished) and s.saved_step != progress.step:
+    if (due or improved or progress.finished) and (judged or s.saved_step != progress.step):
         save(s)
 
 
@@ -335,8 +347,12 @@ def scalar(values: Mapping[str, Any], name: str) -> float:
     return float(values[name])
 
 
-def save(s: Session) -> None:
-    """Write a checkpoint; weights that are not finite never replace good ones."""
+def save(s: Session, *, interim: bool = False) -> None:
+    """Write a checkpoint; weights that are not finite never replace good ones.
+
+    An interim one, at a stop between two that are due, goes when the next is written: an interrupted run leaves what
+    an uninterrupted one leaves.
+    """
     s.settle()
     progress = s.state.progress
     check_finite(s)
@@ -346,7 +362,7 @@ def save(s: Session) -> None:
                 f"{path} still holds the graph of its batch",
                 remedy='return {"carry": state.detach()} from step',
             )
-    s.record.save(s.state, s.metrics)
+    s.record.save(s.state, s.metrics, interim=interim)
     s.saved_step = progress.step
 
 

@@ -36,7 +36,8 @@ class Case:
 
 CASES = [
     Case("digits", arguments={"batch_size": 128}),
-    Case("fashion", "fashion_mnist", {"width": 8, "batch_size": 64}, evaluated=False),
+    # A low rate: at the recipe's own, another CPU's last bits grow to 2e-3 of the loss within 20 steps.
+    Case("fashion", "fashion_mnist", {"width": 8, "batch_size": 64, "lr": 2e-4}, evaluated=False),
     Case("names", "shared_data", {"width": 32, "batch_size": 1024}),
     Case("adult", "shared_data", {"batch_size": 2048}),
     Case("shakespeare", "shared_data", evaluated=False),
@@ -114,16 +115,15 @@ def test_a_name_is_classified_alike_alone_and_among_longer_ones(shared_data: Pat
 def test_names_of_val_are_not_in_train(shared_data: Path) -> None:
     recipe_of(CASES[2], {"data": str(shared_data)})
     task = sys.modules["names_task"]
-    train, val = (
-        {tuple(codes.tolist()) for codes, _ in task.Names(split, str(shared_data)).samples} for split in ("train", "val")
-    )
+    splits = [task.Names(split, str(shared_data)) for split in ("train", "val")]
+    train, val = ({tuple(codes.tolist()) for codes, _ in split.samples} for split in splits)
     assert not train & val
     assert 0.09 < len(val) / len(train | val) < 0.11
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.needs], ids=lambda case: case.name)
 def test_absent_data_is_one_clear_message(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(stoker.UserError, match="is not here|are not here") as error:
+    with pytest.raises(stoker.UserError, match=r"(is|are) not here") as error:
         recipe_of(case, {"data": str(tmp_path)})
     assert str(tmp_path) in error.value.what
     assert "data=FOLDER" in error.value.remedy

@@ -11,6 +11,9 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+import stoker.start  # noqa: F401
+from stoker.cli import main
+
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -20,11 +23,9 @@ def _child(words: list[str], log: Path) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # pytest's own objects were inherited
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # pytest's own objects were inherited
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.argv = ["stoker", *map(str, words)]
-    from stoker.cli import main
-
     main()
 
 

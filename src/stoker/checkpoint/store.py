@@ -23,6 +23,7 @@ from stoker.checkpoint.tree import flatten, unflatten
 from stoker.errors import UserError
 
 FORMAT = 1
+_REPLACED = ".replaced-"
 _NAME = re.compile(r"step-(\d{8,})-epoch-(\d+)(?:-loss-[^/]+)?")
 
 
@@ -104,10 +105,11 @@ class Store:
         ema: Mapping[str, torch.Tensor] | None,
         state: Mapping[str, Any],
         best: list[int],
+        interim: bool = False,
     ) -> Path:
         """Write a checkpoint, move the links and drop what neither rule keeps.
 
-        `best` lists the steps of the best checkpoints, best first.
+        `best` lists the steps of the best checkpoints, best first. An `interim` checkpoint goes with the next save.
 
         Raises:
             UserError: it cannot be written (disk full, no permission); those already there are untouched.
@@ -134,6 +136,7 @@ class Store:
                 "epoch": epoch,
                 "loss": loss,
                 "metrics": flatten(metrics)[0],
+                "interim": interim,
                 "files": written,
                 "state": encoded,
             }
@@ -141,10 +144,15 @@ class Store:
             (partial / "checkpoint.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
             _sync(partial / "checkpoint.json")
             _sync(partial)
-            if final.exists():  # the same step of the same run: a save repeated after a resume
-                shutil.rmtree(final)
+            # The same step may be there from a stop before its evaluation. It goes once this one is in place.
+            former = [path for path in self.all() if step_of(path) == step]
+            if final in former:
+                final.rename(self.folder / f"{_REPLACED}{final.name}")
             partial.rename(final)
             _sync(self.folder)
+            for path in former:
+                if path != final:
+                    shutil.rmtree(path)
             self._link("latest", final.name)
             self._link_best(best)
             self._prune(step, best)
@@ -173,20 +181,24 @@ class Store:
 
     def _prune(self, step: int, best: list[int]) -> None:
         paths = self.all()
-        upto = [path for path in paths if step_of(path) <= step]
-        kept = set(upto[-max(self.keep, 1) :]) | {p for p in upto if step_of(p) in best[: self.keep_best]}
+        upto = [path for path in paths if step_of(path) == step or (step_of(path) < step and not _is_interim(path))]
+        kept = set(upto[-max(self.keep, 1) :]) | {p for p in upto if step_of(p) in best[: max(self.keep_best, 1)]}
         for path in paths:  # later steps are the past of a run that went back to this one
             if path not in kept:
                 doomed = path.with_name(f".dropped-{path.name}")
                 path.rename(doomed)
                 shutil.rmtree(doomed)
-        for stray in [*self.folder.glob(".dropped-*"), *self.folder.glob(".partial-*")]:
+        for stray in [p for kind in ("dropped", "partial", "replaced") for p in self.folder.glob(f".{kind}-*")]:
             shutil.rmtree(stray)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
+        for replaced in self.folder.glob(f"{_REPLACED}*"):  # a kill came between two renames
+            original = self.folder / replaced.name.removeprefix(_REPLACED)
+            if not original.exists():
+                replaced.rename(original)
         found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
         return sorted(found, key=step_of)
 
@@ -218,6 +230,13 @@ def step_of(path: Path) -> int:
     if match is None:
         raise ValueError(f"{path.name} is not the name of a checkpoint")
     return int(match.group(1))
+
+
+def _is_interim(path: Path) -> bool:
+    try:
+        return bool(read_record(path)["interim"])
+    except Damaged:
+        return False
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The command line: one thin file a command; nothing heavy is imported before it is needed."""
 
+import os
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from stoker.cli.evaluate import evaluate, predict
 from stoker.cli.lr import lr
 from stoker.cli.show import show
 from stoker.cli.train import resume, train
-from stoker.errors import UserError
+from stoker.errors import UserError, recipes_fault
 
 if TYPE_CHECKING:
     from stoker.start import Started
@@ -50,6 +51,13 @@ class Told:
         if isinstance(error, KeyboardInterrupt | click.Abort):
             click.echo("interrupted; what was saved before is untouched", err=True)
             sys.exit(130)
+        if (
+            os.environ.get("STOKER_TRACEBACK") is None
+            and isinstance(error, Exception)
+            and (fault := recipes_fault(error))
+        ):
+            click.echo(f"error: {fault}", err=True)
+            sys.exit(1)
         if isinstance(error, BrokenPipeError):
             sys.stderr.close()
             sys.exit(141)

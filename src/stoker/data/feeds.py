@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stoker.data.order import Batches
 from stoker.data.seeding import SAMPLE, fold, seed_all
-from stoker.errors import UserError
+from stoker.errors import UserError, told
 
 # Batches whose indices are computed at once: amortises the vectorised arithmetic to ~1 us a batch.
 _BLOCK_BATCHES = 256
@@ -106,6 +107,28 @@ class SampleFeed:
         pass
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """An exception in a worker, in words: the exception itself may not survive the journey."""
+
+    what: str
+    why: str
+
+
+class _WorkerSide:
+    """Reads and collates a batch in a worker; what goes wrong there comes back as a `_Failure`."""
+
+    def __init__(self, keyed: Keyed, collate: Collate) -> None:
+        self._keyed, self._collate = keyed, collate
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+        try:
+            return self._collate([self._keyed[key] for key in keys])
+        except Exception as error:
+            message = told(error, "reading the data")
+            return _Failure(message.what, message.why)
+
+
 class _Stream:
     """Batch sampler over all epochs to come, so that workers prefetch across an epoch's end."""
 
@@ -127,6 +150,10 @@ class _Stream:
                 for indices in self._batches.take(self._seed, epoch, block, stop):
                     yield [(epoch, index) for index in indices.tolist()]
             epoch, start = epoch if self._repeat else epoch + 1, 0
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _quiet_worker(_: int) -> None:
@@ -160,9 +187,9 @@ class WorkerFeed:
 
     def _open(self, epoch: int, start: int) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
-            Keyed(self._dataset, self._seed),  # type: ignore[arg-type]
+            _WorkerSide(Keyed(self._dataset, self._seed), self._collate),  # type: ignore[arg-type]
             batch_sampler=_Stream(self._batches, self._seed, epoch, start, self._repeat),
-            collate_fn=self._collate,
+            collate_fn=_as_is,
             num_workers=self._workers,
             pin_memory=self._pin_memory,
             worker_init_fn=_quiet_worker,
@@ -175,11 +202,23 @@ class WorkerFeed:
             self._iterator = self._open(epoch, start)
         count = self._batches.count(self._seed, epoch)
         for i in range(start, count):
-            batch = next(self._iterator)
+            batch = self._read()
             last = i == count - 1
             following = epoch if self._repeat else epoch + 1
             self._next = (following, 0) if last else (epoch, i + 1)
             yield batch, last
+
+    def _read(self) -> Any:
+        assert self._iterator is not None
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:  # a worker that was killed
+            raise UserError(
+                f"a data worker ended: {error}", remedy="fewer --workers need less memory; --workers 0 has none"
+            ) from error
+        if isinstance(batch, _Failure):
+            raise UserError(batch.what, why=batch.why)
+        return batch
 
     def close(self) -> None:
         self._iterator = None  # its finaliser ends the workers

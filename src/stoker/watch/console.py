@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from stoker.plan import Plan
     from stoker.state import Progress, TrainState
     from stoker.train import Limits
 
@@ -28,7 +29,7 @@ class Console(Protocol):
         state: "TrainState",
         limits: "Limits",
         epoch_steps: int | None,
-        notes: tuple[str, ...],
+        plan: "Plan",
     ) -> None:
         """Show where the run starts."""
         ...
@@ -67,9 +68,9 @@ class Quiet:
         state: "TrainState",
         limits: "Limits",
         epoch_steps: int | None,
-        notes: tuple[str, ...],
+        plan: "Plan",
     ) -> None:
-        for note in notes:
+        for note in plan.notes:
             self.note(note)
 
     def observe(self, progress: "Progress", metrics: Mapping[str, Any]) -> None:
@@ -103,15 +104,16 @@ class Lines:
         state: "TrainState",
         limits: "Limits",
         epoch_steps: int | None,
-        notes: tuple[str, ...],
+        plan: "Plan",
     ) -> None:
         self._progress, self._limits, self._epoch_steps = state.progress, limits, epoch_steps
         self._began_s = self._line_s = time.monotonic()
         self._began_step = state.progress.step
         where = f"going on at step {state.progress.step}" if state.progress.step else "training"
         count = sum(p.numel() for p in state.model.parameters())
-        self._terminal.print(f"{where} in {path}  ({count:,} parameters)")
-        for note in notes:
+        self._terminal.print(f"{where} in {path}")
+        self._terminal.print(f"plan: {plan}; {count:,} parameters")
+        for note in plan.notes:
             self.note(note)
         if self._terminal.is_terminal and not self._terminal.is_jupyter:
             self._live = Live(console=self._terminal, get_renderable=self._render, refresh_per_second=4, transient=True)
