@@ -732,7 +732,7 @@ def test_bf16(tmp_path: Path) -> None:
     assert bits(exact.state_dict()) != bits(model.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step\\(\\)` before:UserWarning:torch")  # by hand
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step\\(\\)` before:UserWarning")  # by hand
 @pytest.mark.parametrize(("clip_norm", "scheduled"), [(None, False), (1.0, False), (None, True)])
 def test_fp16_skips_and_counts_overflowing_steps(tmp_path: Path, clip_norm: float | None, scheduled: bool) -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -775,6 +775,13 @@ def test_fp16_skips_and_counts_overflowing_steps(tmp_path: Path, clip_norm: floa
     assert_same(run.model, model)
     assert 0 < skipped < STEPS
     assert run.metrics["train/skipped_steps"] == skipped
+
+
+def test_fp16_is_refused_to_optimizers_that_need_a_closure(tmp_path: Path) -> None:
+    """torch's scaler undoes its scale once a step; LBFGS evaluates several times."""
+    recipe = stoker.Recipe(model=build, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.LBFGS, train=loader())
+    with pytest.raises(stoker.UserError, match="fp16"):
+        fit(recipe, tmp_path, precision="fp16")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from stoker.data.order import Batches
-from stoker.data.seeding import SAMPLE, fold, seed_all
+from stoker.data.seeding import SAMPLE, draws, fold, seed_all
 from stoker.errors import UserError, told
 
 # Batches whose indices are computed at once: amortises the vectorised arithmetic to ~1 us a batch.
@@ -74,14 +74,48 @@ class TensorFeed:
 
 
 class Keyed:
-    """A dataset whose sample (epoch, index) draws from generators seeded by (seed, epoch, index)."""
+    """A dataset whose sample (epoch, index) draws from generators seeded by (seed, epoch, index).
+
+    Seeding costs 8 us a sample, more than many samples do. Where the first batch's samples drew nothing, the
+    generators are seeded once a batch and looked at after it; should a sample have drawn after all, that batch is
+    read again with a seed for every sample, and so is all that follows.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
+        self._undrawn: tuple[float, float, float] | None = None  # draws after seed 0, once no sample is known to draw
+        self._known = False
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
+    def read(self, epoch: int, indices: list[int]) -> list[Any]:
+        """Samples of a batch."""
+        if self._undrawn is not None:
+            seed_all(0)
+            samples = [self._get(epoch, index) for index in indices]
+            if draws() == self._undrawn:
+                return samples
+            self._undrawn = None
+        if self._known or torch.cuda.is_initialized():  # a CUDA generator's draws are not looked at
+            return [self._keyed(epoch, index) for index in indices]
+        self._known = True
+        return self._first_batch(epoch, indices)
+
+    def _first_batch(self, epoch: int, indices: list[int]) -> list[Any]:
+        samples, drawn = [], False
+        for index in indices:
+            samples.append(self._keyed(epoch, index))
+            after = draws()
+            seed_all(fold(self.seed, SAMPLE, epoch, index))
+            drawn = drawn or after != draws()
+        if not drawn:
+            seed_all(0)
+            self._undrawn = draws()
+        return samples
+
+    def _keyed(self, epoch: int, index: int) -> Any:
         seed_all(fold(self.seed, SAMPLE, epoch, index))
+        return self._get(epoch, index)
+
+    def _get(self, epoch: int, index: int) -> Any:
         try:
             return self.dataset[index]
         except Exception as error:
@@ -100,7 +134,7 @@ class SampleFeed:
         for block in range(start, count, _BLOCK_BATCHES):
             stop = min(block + _BLOCK_BATCHES, count)
             for i, indices in enumerate(self._batches.take(self._seed, epoch, block, stop), block):
-                samples = [self._keyed[epoch, index] for index in indices.tolist()]
+                samples = self._keyed.read(epoch, indices.tolist())
                 yield self._collate(samples), i == count - 1
 
     def close(self) -> None:
@@ -121,9 +155,9 @@ class _WorkerSide:
     def __init__(self, keyed: Keyed, collate: Collate) -> None:
         self._keyed, self._collate = keyed, collate
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+    def __getitems__(self, key: tuple[int, list[int]]) -> Any:
         try:
-            return self._collate([self._keyed[key] for key in keys])
+            return self._collate(self._keyed.read(*key))
         except Exception as error:
             message = told(error, "reading the data")
             return _Failure(message.what, message.why)
@@ -141,14 +175,14 @@ class _Stream:
             repeat,
         )
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         epoch, start = self._epoch, self._start
         while True:
             count = self._batches.count(self._seed, epoch)
             for block in range(start, count, _BLOCK_BATCHES):
                 stop = min(block + _BLOCK_BATCHES, count)
                 for indices in self._batches.take(self._seed, epoch, block, stop):
-                    yield [(epoch, index) for index in indices.tolist()]
+                    yield [epoch, indices.tolist()]
             epoch, start = epoch if self._repeat else epoch + 1, 0
 
 

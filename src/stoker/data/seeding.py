@@ -44,6 +44,11 @@ def seed_all(key: int) -> None:
     random.seed(key)
 
 
+def draws() -> tuple[float, float, float]:
+    """One draw from each global generator: equal draws after equal seeds mean that nobody drew in between."""
+    return random.random(), float(np.random.random_sample()), torch.rand(()).item()
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Leave the global generators of torch, numpy and random as they were found."""
