@@ -57,6 +57,6 @@ def error(model: nn.Module, split: Split) -> float:
 
 if __name__ == "__main__":
     model, losses = train()
-    _, val, test, _ = load()
+    val, test = load()[1:3]
     print(f"{len(losses)} steps, last loss {losses[-1]:.4f}", end=", ")
     print(f"error {error(model, val):.2%} on val, {error(model, test):.2%} on test")

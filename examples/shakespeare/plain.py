@@ -56,9 +56,9 @@ def train(
 
 
 @torch.inference_mode()
-def val_loss(model: nn.Module, data: str = "") -> float:
+def val_loss(model: nn.Module, block: int = 64, data: str = "") -> float:
     """Mean over the whole validation split."""
-    _, (x, y), _ = load(model.position.num_embeddings, data)
+    _, (x, y), _ = load(block, data)
     model.eval()
     sums = [loss(model(a), b).item() * len(a) for a, b in zip(x.split(128), y.split(128), strict=True)]
     return sum(sums) / len(x)

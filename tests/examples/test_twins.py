@@ -47,7 +47,7 @@ CASES = [
 @contextmanager
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same bits as with more, of which short steps waste the time
+    torch.set_num_threads(1)  # steps this short spend their time waiting for further ones
     try:
         yield
     finally:

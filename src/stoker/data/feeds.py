@@ -90,19 +90,19 @@ class Keyed:
         """Samples of a batch."""
         if self._undrawn is not None:
             seed_all(0)
-            samples = [self._get(epoch, index) for index in indices]
+            samples = self._get(epoch, indices)
             if draws() == self._undrawn:
                 return samples
             self._undrawn = None
         if self._known or torch.cuda.is_initialized():  # a CUDA generator's draws are not looked at
-            return [self._keyed(epoch, index) for index in indices]
+            return [sample for index in indices for sample in self._keyed(epoch, index)]
         self._known = True
         return self._first_batch(epoch, indices)
 
     def _first_batch(self, epoch: int, indices: list[int]) -> list[Any]:
         samples, drawn = [], False
         for index in indices:
-            samples.append(self._keyed(epoch, index))
+            samples += self._keyed(epoch, index)
             after = draws()
             seed_all(fold(self.seed, SAMPLE, epoch, index))
             drawn = drawn or after != draws()
@@ -111,13 +111,16 @@ class Keyed:
             self._undrawn = draws()
         return samples
 
-    def _keyed(self, epoch: int, index: int) -> Any:
+    def _keyed(self, epoch: int, index: int) -> list[Any]:
         seed_all(fold(self.seed, SAMPLE, epoch, index))
-        return self._get(epoch, index)
+        return self._get(epoch, [index])
 
-    def _get(self, epoch: int, index: int) -> Any:
+    def _get(self, epoch: int, indices: list[int]) -> list[Any]:
+        dataset, samples = self.dataset, []
         try:
-            return self.dataset[index]
+            for index in indices:
+                samples.append(dataset[index])
+            return samples
         except Exception as error:
             error.add_note(f"while reading sample {index} in epoch {epoch}")
             raise
