@@ -1,5 +1,6 @@
 """Recipe: what is trained. A plain function of its hyperparameters returns one."""
 
+import ast
 import dis
 import inspect
 import linecache
@@ -74,6 +75,7 @@ class Origin:
     function: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)  # text of the modules it imports from its own folder
 
     @property
     def name(self) -> str:
@@ -215,10 +217,41 @@ def origin_of_frame(frame: FrameType) -> Origin:
     top_level = getattr(frame.f_globals.get(code.co_name), "__code__", None) is code
     return Origin(
         file=file.resolve() if file.exists() else None,
+        modules=local_modules(file.resolve(), source) if file.exists() else {},
         function=code.co_name if top_level and not assigned & set(names) else None,
         arguments={name: frame.f_locals.get(name) for name in names} if top_level else {},
         source=source,
     )
+
+
+def local_modules(file: Path, source: str) -> dict[str, str]:
+    """Text of every module that a file imports, directly or not, from its own folder, by path relative to it."""
+    found: dict[str, str] = {}
+    pending = [source]
+    while pending:
+        for name in imported_names(pending.pop()):
+            path = file.parent / Path(*name.split("."))
+            for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+                relative = str(candidate.relative_to(file.parent))
+                if relative not in found and candidate != file and candidate.is_file():
+                    found[relative] = candidate.read_text(encoding="utf-8", errors="replace")
+                    pending.append(found[relative])
+    return dict(sorted(found.items()))
+
+
+def imported_names(source: str) -> set[str]:
+    """Dotted names that a file's import statements can load, wherever in it they stand."""
+    names: set[str] = set()
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:  # a notebook's cell with magics
+        return names
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names | {name.split(".")[0] for name in names}
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

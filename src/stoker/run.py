@@ -48,6 +48,7 @@ class Identity:
     file: str | None
     arguments: Mapping[str, Any]
     source: str
+    modules: Mapping[str, str]
     seed: int
     precision: str
     epochs: int | None
@@ -69,18 +70,10 @@ class Identity:
         for name in fields:
             if getattr(then, name) != getattr(self, name):
                 lines.append(f"{name}: {getattr(then, name)} then, {getattr(self, name)} now")
-        if then.source != self.source:
-            lines += [
-                line.rstrip("\n")
-                for line in difflib.unified_diff(
-                    then.source.splitlines(),
-                    self.source.splitlines(),
-                    "source then",
-                    "source now",
-                    lineterm="",
-                    n=1,
-                )
-            ]
+        old_texts, new_texts = {"recipe.py": then.source, **then.modules}, {"recipe.py": self.source, **self.modules}
+        for name in sorted({*old_texts, *new_texts}):
+            old_lines, new_lines = old_texts.get(name, "").splitlines(), new_texts.get(name, "").splitlines()
+            lines += difflib.unified_diff(old_lines, new_lines, f"{name} then", f"{name} now", lineterm="", n=1)
         return lines
 
 
@@ -101,6 +94,7 @@ def identity_of(origin: Origin, **decided: Any) -> Identity:
         file=str(origin.file) if origin.file else None,
         arguments=jsonable(dict(origin.arguments)),
         source=origin.source,
+        modules=origin.modules,
         **decided,
     )
 
@@ -161,12 +155,14 @@ class RunDir:
         try:
             recorded = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             source = (self.path / "recipe.py").read_text(encoding="utf-8")
+            modules = {name: (self.path / "source" / name).read_text(encoding="utf-8") for name in recorded["modules"]}
             return Identity(
                 recipe=recorded["recipe"]["name"],
                 function=recorded["recipe"]["function"],
                 file=recorded["recipe"]["file"],
                 arguments=recorded["recipe"]["arguments"],
                 source=source,
+                modules=modules,
                 seed=recorded["seed"],
                 precision=recorded["plan"]["precision"],
                 options=recorded["options"],
@@ -175,9 +171,12 @@ class RunDir:
         except FileNotFoundError:
             if not (self.path / "run.json").exists():
                 return None
-            raise UserError(f"{self.path}/recipe.py is missing", remedy="put the recipe's source back there") from None
+            raise UserError(f"{self.path} lacks the source of its recipe", remedy="put it back there") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}/run.json cannot be read: {error!r}", remedy="choose another --out") from error
+            raise UserError(
+                f"{self.path}/run.json cannot be read: {error!r}",
+                why="it was damaged, or written by another version of stoker",
+            ) from error
 
     def write_identity(self, identity: Identity, plan: Plan) -> None:
         """Record what this run is and where it happens."""
@@ -198,7 +197,10 @@ class RunDir:
                 "length_matters": identity.length_matters,
             },
             "options": dict(identity.options),
-            "source_sha256": hashlib.sha256(identity.source.encode()).hexdigest(),
+            "modules": sorted(identity.modules),
+            "source_sha256": hashlib.sha256(
+                "\0".join([identity.source, *identity.modules.values()]).encode()
+            ).hexdigest(),
             "git_commit": _git_commit(Path(identity.file).parent) if identity.file else None,
             "versions": {
                 "stoker": __version__,
@@ -208,6 +210,9 @@ class RunDir:
             },
         }
         try:
+            for name, text in identity.modules.items():
+                (self.path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.path / "source" / name, text)
             write_atomically(self.path / "recipe.py", identity.source)
             write_atomically(self.path / "run.json", json.dumps(recorded, indent=1))
         except OSError as error:

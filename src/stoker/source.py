@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.errors import UserError, nearest, told
-from stoker.recipe import Origin, Recipe, check_arguments, parameters_of
+from stoker.recipe import Origin, Recipe, check_arguments, imported_names, local_modules, parameters_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class Source:
                 f"{self.label} returned a {type(recipe).__name__}, not a stoker.Recipe",
                 remedy="end it with `return stoker.Recipe(...)`",
             )
-        recipe.origin = Origin(self.file, self.function_name, dict(arguments), self.text)
+        recipe.origin = Origin(
+            self.file, self.function_name, dict(arguments), self.text, local_modules(self.file, self.text)
+        )
         return recipe
 
 
@@ -108,7 +110,7 @@ def load_source(spec: str) -> Source:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}", why=str(error)) from None
-    module = _import(file)
+    module = _import(file, text)
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [
@@ -121,14 +123,19 @@ def load_source(spec: str) -> Source:
     return Source(file, function_name, function, text)
 
 
-def _import(file: Path) -> types.ModuleType:
+def _import(file: Path, text: str) -> types.ModuleType:
     name = file.stem if file.stem.isidentifier() and file.stem not in sys.modules else f"_recipe_{abs(hash(file)):x}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"{file} is not a Python file", remedy="a recipe's file name ends in .py")
     module = importlib.util.module_from_spec(spec)
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))
+    folder = str(file.parent)
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
+    for imported in imported_names(text):  # another recipe's `data.py` is not this one's
+        stranger = getattr(sys.modules.get(imported), "__file__", None)
+        own = [file.parent / f"{imported}.py", file.parent / imported / "__init__.py"]
+        if stranger is not None and any(path.is_file() for path in own) and Path(stranger) not in own:
+            del sys.modules[imported]
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

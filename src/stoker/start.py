@@ -1,6 +1,7 @@
 """From a recipe to a run: fit and resume. Everything is put together here once, before the loop."""
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,6 +164,8 @@ def rebuild(folder: RunDir, identity: Identity) -> Recipe:
             remedy="stoker.resume(run, recipe) or stoker.load(run, recipe) with the same recipe",
         )
     file = Path(identity.file) if identity.file and Path(identity.file).is_file() else folder.path / "recipe.py"
+    if file.parent == folder.path:
+        sys.path.insert(0, str(folder.path / "source"))  # what the recipe imported from its own folder
     source = load_source(f"{file}:{identity.function}")
     return source.recipe(identity.arguments)
 

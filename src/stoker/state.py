@@ -96,8 +96,11 @@ class TrainState:
         optimizer = spec.optimizer(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(f"optimizer= gave a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        owned = [p for group in optimizer.param_groups for p in group["params"]]
-        strange = [tuple(p.shape) for p in owned if p not in self.names]
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        owned: list[torch.Tensor] = [
+            p for p in self.names if p in held
+        ]  # in the model's order, in which a norm is summed up
+        strange = [tuple(p.shape) for p in held if p not in self.names]
         if strange:
             raise UserError(
                 f"the optimizer of objective {name!r} holds {len(strange)} parameters that are not the model's",
