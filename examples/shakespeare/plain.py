@@ -29,7 +29,6 @@ def train(
     torch.manual_seed(seed)
     model = GPT(num_codes, block, layers, heads, width)
     optimizer = torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=(0.9, 0.99))
-    clipped = [p for group in optimizer.param_groups for p in group["params"]]  # the order decides the norm's last bit
     total_steps = steps or epochs * -(-len(x) // batch_size)
 
     def factor(step: int) -> float:
@@ -47,7 +46,7 @@ def train(
             value = loss(model(x[batch]), y[batch])
             optimizer.zero_grad()
             value.backward()
-            nn.utils.clip_grad_norm_(clipped, 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             losses.append(value.item())

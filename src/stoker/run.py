@@ -198,9 +198,7 @@ class RunDir:
             },
             "options": dict(identity.options),
             "modules": sorted(identity.modules),
-            "source_sha256": hashlib.sha256(
-                "\0".join([identity.source, *identity.modules.values()]).encode()
-            ).hexdigest(),
+            "source_sha256": hashlib.sha256(identity.source.encode()).hexdigest(),
             "git_commit": _git_commit(Path(identity.file).parent) if identity.file else None,
             "versions": {
                 "stoker": __version__,

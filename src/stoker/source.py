@@ -84,9 +84,8 @@ class Source:
                 f"{self.label} returned a {type(recipe).__name__}, not a stoker.Recipe",
                 remedy="end it with `return stoker.Recipe(...)`",
             )
-        recipe.origin = Origin(
-            self.file, self.function_name, dict(arguments), self.text, local_modules(self.file, self.text)
-        )
+        modules = local_modules(self.file, self.text)
+        recipe.origin = Origin(self.file, self.function_name, dict(arguments), self.text, modules)
         return recipe
 
 

@@ -163,11 +163,13 @@ def rebuild(folder: RunDir, identity: Identity) -> Recipe:
             why="it was not returned by a function at the top level of a file, called with the recorded arguments",
             remedy="stoker.resume(run, recipe) or stoker.load(run, recipe) with the same recipe",
         )
-    file = Path(identity.file) if identity.file and Path(identity.file).is_file() else folder.path / "recipe.py"
-    if file.parent == folder.path:
-        sys.path.insert(0, str(folder.path / "source"))  # what the recipe imported from its own folder
-    source = load_source(f"{file}:{identity.function}")
-    return source.recipe(identity.arguments)
+    if identity.file is not None and Path(identity.file).is_file():
+        return load_source(f"{identity.file}:{identity.function}").recipe(identity.arguments)
+    sys.path.insert(0, str(folder.path / "source"))  # what the recipe imported from its own folder
+    recipe = load_source(f"{folder.path / 'recipe.py'}:{identity.function}").recipe(identity.arguments)
+    where = Path(identity.file) if identity.file is not None else None
+    recipe.origin = replace(recipe.origin, file=where, modules=identity.modules)
+    return recipe
 
 
 def seed_all_plainly(seed: int) -> None:
