@@ -12,36 +12,8 @@ from stoker.data.seeding import EVALUATION, fold, seed_all
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
 from stoker.interrupts import Interrupts
-from stoker.losses import Terms, effective_count, terms
+from stoker.losses import Mean, Terms, add_result, effective_count, terms
 from stoker.recipe import Recipe, unpack
-
-
-class Mean:
-    """Sum and count on the values' own device; one synchronisation, when it is read."""
-
-    def __init__(self) -> None:
-        self._sum: Any = 0.0
-        self._count: Any = 0.0
-
-    def add(self, total: Any, count: Any) -> None:
-        """Add a sum over `count` samples."""
-        self._sum = self._sum + (total.detach().double() if isinstance(total, torch.Tensor) else total)
-        self._count = self._count + (count.double() if isinstance(count, torch.Tensor) else count)
-
-    def compute(self) -> float:
-        """Return the mean; nan where nothing was counted."""
-        count = float(self._count)
-        return float(self._sum) / count if count else float("nan")
-
-
-def add_result(mean: Mean, result: Any, rows: int) -> None:
-    """Add what a metric function returned: a value per sample, (sum, count), or a mean over the batch."""
-    if isinstance(result, tuple):
-        mean.add(*result)
-    elif isinstance(result, torch.Tensor) and result.dim():
-        mean.add(result.double().sum(), result.numel())
-    else:
-        mean.add(result * rows, rows)
 
 
 class Scores:
@@ -92,7 +64,7 @@ class Scores:
 
     def compute(self, prefix: str) -> dict[str, Any]:
         """All values, by name under `prefix`."""
-        values: dict[str, Any] = {f"{prefix}/{name}": mean.compute() for name, mean in self._means.items()}
+        values: dict[str, Any] = {f"{prefix}/{name}": float(mean.value()) for name, mean in self._means.items()}
         for name, metric in self._metrics.items():
             if not hasattr(metric, "update"):
                 continue
@@ -132,22 +104,23 @@ def evaluate(
     """Losses and metrics of a model over a feed's whole epoch, named `split/...`; None if a signal came first."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    scores, carry = Scores(recipe.metrics, strategy.device), None
+    scores: Scores = Scores(recipe.metrics, strategy.device)
+    carry: dict[str, Any] = {}
     try:
         for number, (batch, _) in enumerate(feed.epoch(0)):
             if interrupts.requested:
                 return None
             seed_all(fold(seed, EVALUATION, number))
             with strategy.autocast():
-                carry = score_batch(model, recipe, strategy.place(batch), scores, carry)
+                score_batch(model, recipe, strategy.place(batch), scores, carry)
     finally:
         for module, mode in modes:
             module.training = mode
     return scores.compute(split)
 
 
-def score_batch(model: nn.Module, recipe: Recipe, batch: Any, scores: Scores, carry: Any) -> Any:
-    """Count one batch in losses and metrics; return what a step carries over."""
+def score_batch(model: nn.Module, recipe: Recipe, batch: Any, scores: Scores, carry: dict[str, Any]) -> None:
+    """Count one batch in losses and metrics; `carry` holds what each objective's step carries over."""
     rows = num_rows(batch) or 1
     output = target = None
     for name, spec in (recipe.objectives or {}).items():
@@ -157,11 +130,11 @@ def score_batch(model: nn.Module, recipe: Recipe, batch: Any, scores: Scores, ca
             output = model(*args, **kwargs)
             found = terms(spec.loss(output, target))  # type: ignore[misc]
         else:
-            found = terms(spec.step(model, batch, carry) if spec.takes_carry else spec.step(model, batch))
+            found = terms(spec.step(model, batch, carry.get(name)) if spec.takes_carry else spec.step(model, batch))
         scores.add_loss(prefix + "loss", found, spec.loss, target, rows)
         for key, value in found.logged.items():
             add_result(scores.mean(prefix + key), value, rows)
-        carry = found.carry if found.carry is not None else carry
+        carry[name] = found.carry
         output = found.output if found.output is not None else output
         target = found.target if found.target is not None else target
     if recipe.metrics:
@@ -173,4 +146,3 @@ def score_batch(model: nn.Module, recipe: Recipe, batch: Any, scores: Scores, ca
         if target is None and isinstance(batch, list | tuple) and len(batch) == 2:
             target = batch[1]
         scores.update(output, target, rows)
-    return carry

@@ -56,17 +56,39 @@ def effective_count(loss: Any, target: Any, rows: int) -> tuple[str, Any]:
         and not target.is_floating_point()
     ):
         valid = target != loss.ignore_index
-        if loss.weight is not None and getattr(loss, "label_smoothing", 0.0) == 0.0:
+        if loss.weight is not None:
             return "mean", loss.weight[target[valid]].sum()
         return "mean", valid.sum()
     return "mean", rows
 
 
-def as_mean(value: Any) -> Any:
-    """Scalar to log for a number, a scalar tensor, one value per sample, or (sum, count)."""
-    if isinstance(value, tuple):
-        return value[0] / value[1]
-    return value.double().mean() if isinstance(value, torch.Tensor) and value.dim() else value
+class Mean:
+    """Sum and count on the values' own device; one synchronisation, when it is read."""
+
+    def __init__(self) -> None:
+        self._sum: Any = 0.0
+        self._count: Any = 0.0
+
+    def add(self, total: Any, count: Any) -> None:
+        """Add a sum over `count` samples."""
+        self._sum = self._sum + (total.detach().double() if isinstance(total, torch.Tensor) else total)
+        self._count = self._count + (count.double() if isinstance(count, torch.Tensor) else count)
+
+    def value(self) -> Any:
+        """Return the mean on its device; nan where nothing was counted."""
+        if isinstance(self._count, torch.Tensor):
+            return self._sum / self._count
+        return self._sum / self._count if self._count else float("nan")
+
+
+def add_result(mean: Mean, result: Any, rows: int) -> None:
+    """Add what a metric function returned: a value per sample, (sum, count), or a mean over the batch."""
+    if isinstance(result, tuple):
+        mean.add(*result)
+    elif isinstance(result, torch.Tensor) and result.dim():
+        mean.add(result.double().sum(), result.numel())
+    else:
+        mean.add(result * rows, rows)
 
 
 class Shares:
@@ -81,6 +103,7 @@ class Shares:
         self._num_parts, self._loss = num_parts, loss
         self._norm: Any = None
         self._total: Any = 0
+        self._of_means = False
         self.value: Any = 0.0
 
     def contribution(self, found: Terms, part: Any, target: Any) -> torch.Tensor:
@@ -93,23 +116,35 @@ class Shares:
                 loss, count = loss * (rows / (self._rows or 1)), None
             elif reduction == "mean":
                 loss = torch.where(count > 0, loss, 0.0) * count  # a mean over nothing is nan: it counts nothing
+                self._of_means = True
             else:
                 count = None
-        if count is not None:
+        if count is not None and self._num_parts == 1:
+            loss = loss / _nonzero(count)
+        elif count is not None:
+            count = _exact(count)
             if self._norm is None:
-                self._norm = _at_least_one(count) * self._num_parts if self._num_parts > 1 else _nonzero(count)
+                self._norm = _at_least_one(count) * self._num_parts
             self._total = self._total + count
-            loss = loss / self._norm
+            loss = _exact(loss) / self._norm
         self.value = loss.detach() if self._num_parts == 1 else self.value + loss.detach()
         return loss
 
     def finish(self, parameters: list[torch.Tensor]) -> Any:
         """Return the batch's loss (detached), its gradients divided by the true count."""
-        if self._num_parts > 1 and self._norm is not None:
-            correction = self._norm / _nonzero(self._total)
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], correction)
+        if self._norm is not None:
+            # A whole batch's mean over nothing is nan in torch: parts of it must not hide that.
+            correction = self._norm / (self._total if self._of_means else _nonzero(self._total))
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(correction)
             self.value = self.value * correction
         return self.value
+
+
+def _exact(number: Any) -> Any:
+    """Return a tensor in float64, where its device has it; the gradient comes back in the tensor's own type."""
+    return number.double() if isinstance(number, torch.Tensor) and number.device.type != "mps" else number
 
 
 def _nonzero(count: Any) -> Any:

@@ -55,16 +55,22 @@ class Objective:
     @property
     def takes_carry(self) -> bool:
         """Whether `step` takes, as its third argument, what it carried over from the batch before."""
-        return self.step is not None and num_positional(self.step) >= 3
+        return self.step is not None and num_required(self.step) >= 3
+
+    @property
+    def takes_total_steps(self) -> bool:
+        """Whether `schedule` is a function of the run's length."""
+        return self.schedule is not None and num_required(self.schedule) >= 2
 
 
-def num_positional(function: Callable[..., Any]) -> int:
-    """Count the positional parameters that a callable requires or offers (variadic ones not counted)."""
+def num_required(function: Callable[..., Any]) -> int:
+    """Count the positional parameters that a callable cannot do without."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
         return 0
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class Recipe:
     def length_matters(self) -> bool:
         """Whether a schedule is a function of the run's total number of steps."""
         assert self.objectives is not None
-        return any(o.schedule is not None and num_positional(o.schedule) >= 2 for o in self.objectives.values())
+        return any(objective.takes_total_steps for objective in self.objectives.values())
 
     def build_model(self) -> nn.Module:
         """Return the module; called once, after seeding.

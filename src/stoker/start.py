@@ -320,6 +320,7 @@ def start(
             refuse_changes(folder, identity, before, force)
         strategy = plan.open()
         state = build_state(recipe, strategy, limits, seed)
+        refuse_split_carry(recipe, plan)
         plan = replace(plan, notes=plan.notes + partition_notes(state.model, plan, global_batch_size(recipe)))
         started = Started(folder, console_for(quiet), plan, state)
         checkpoint = take_over(started, limits)
@@ -369,6 +370,22 @@ def take_over(started: Started, limits: Limits) -> Checkpoint | None:
         if state.progress.finished in ("epochs", "steps") and beyond(state.progress, limits):
             state.progress.finished = None
     return checkpoint
+
+
+def refuse_split_carry(recipe: Recipe, plan: Plan) -> None:
+    """Refuse microbatches where a step carries state: which rows of it belong to which part is the step's secret.
+
+    Raises:
+        UserError: naming the objective.
+    """
+    size = global_batch_size(recipe)
+    carrying = [name for name, objective in (recipe.objectives or {}).items() if objective.takes_carry]
+    if carrying and plan.microbatch is not None and (size is None or plan.microbatch < size):
+        raise UserError(
+            f"--microbatch {plan.microbatch} cannot split the batches of objective {carrying[0]!r}",
+            why="its step carries state from batch to batch, whose rows stoker cannot tell apart",
+            remedy="leave out --microbatch, or lower the batch size",
+        )
 
 
 def global_batch_size(recipe: Recipe) -> int | None:

@@ -1,7 +1,7 @@
 """TrainState: everything that a step changes, as one tree keyed by parameter name."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stoker.errors import UserError, nearest
-from stoker.recipe import Objective, Recipe, num_positional
+from stoker.recipe import Objective, Recipe, num_required
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -45,6 +45,8 @@ class Live:
     takes_carry: bool
     prefix: str  # of its logged names
     log_name: str
+    carry: Any = None  # what the step before carried over,
+    carried: Any = None  # and what this one does
 
     @property
     def learning_rate(self) -> float:
@@ -67,9 +69,10 @@ class TrainState:
         self.model = model
         self.progress = Progress()
         self.scaler = scaler
-        self.carry: Any = None
         self.losses = {
-            name: o.loss for name, o in recipe.objectives.items() if isinstance(o.loss, nn.Module) and any(_all(o.loss))
+            name: o.loss
+            for name, o in recipe.objectives.items()
+            if isinstance(o.loss, nn.Module) and o.loss.state_dict()
         }
         self.names = {p: name for name, p in model.named_parameters()}
         for objective, loss in self.losses.items():
@@ -109,15 +112,19 @@ class TrainState:
             )
         scheduler = None
         if spec.schedule is not None:
-            if num_positional(spec.schedule) >= 2 and total_steps is None:
+            if spec.takes_total_steps and total_steps is None:
                 raise UserError(
                     "the schedule needs the number of steps, which iterable data does not tell",
                     remedy="add --steps N",
                 )
-            scheduler = spec.schedule(
-                *((optimizer, total_steps) if num_positional(spec.schedule) >= 2 else (optimizer,))
+            scheduler = spec.schedule(*((optimizer, total_steps) if spec.takes_total_steps else (optimizer,)))
+        closure = num_required(type(optimizer).step) >= 2  # self and, as LBFGS has it, the closure
+        if closure and self.scaler is not None:
+            raise UserError(
+                f"objective {name!r}: fp16 does not go with {type(optimizer).__name__}",
+                why="the loss scaler unscales gradients once a step, this optimizer computes them many times",
+                remedy="--precision bf16 or fp32",
             )
-        closure = num_positional(optimizer.step) >= 1 and _requires_first(optimizer.step)
         prefix = "train/" if single else f"train/{name}/"
         return Live(name, spec, optimizer, owned, scheduler, closure, spec.takes_carry, prefix, prefix + "loss")
 
@@ -148,7 +155,7 @@ class TrainState:
             },
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "carry": self.carry,
+            "carry": {o.name: o.carry for o in self.objectives},
             "model_extra": {k: v for k, v in self.model.state_dict().items() if not isinstance(v, torch.Tensor)},
         }
 
@@ -215,29 +222,17 @@ class TrainState:
         if self.scaler is not None and tree["scaler"]:
             self.scaler.load_state_dict(tree["scaler"])
         device = next(self.model.parameters()).device
-        self.carry = _to(tree["carry"], device)
+        for live in self.objectives:
+            live.carry = _to(tree["carry"][live.name], device)
         progress = dict(tree["progress"])
         progress["best"] = [(value, step) for value, step in progress["best"]]
         self.progress = Progress(**progress)
-
-
-def _all(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _to(tree: Any, device: torch.device) -> Any:
     from stoker.data.batch import map_tree
 
     return map_tree(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def _requires_first(step: Any) -> bool:
-    """Whether an optimizer's step() cannot be called without a closure, as LBFGS's."""
-    import inspect
-
-    first = next(iter(inspect.signature(step).parameters.values()))
-    return first.default is first.empty
 
 
 def _explain_names(what: str, saved: set[str], here: set[str]) -> None:

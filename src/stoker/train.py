@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,14 +12,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from stoker.data.batch import split
+from stoker.data.batch import num_rows, split
 from stoker.data.feeds import Feed
 from stoker.data.seeding import STEP, fold, seed_all
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError, nearest
 from stoker.evaluate import evaluate
 from stoker.interrupts import Interrupts
-from stoker.losses import Shares, as_mean, terms
+from stoker.losses import Mean, Shares, add_result, terms
 from stoker.recipe import Recipe, unpack
 from stoker.state import Live, Progress, TrainState
 
@@ -151,6 +152,7 @@ def train(s: Session) -> Session:
                 else:
                     s.tally(live.log_name, forward_backward(s, live, batch))
                     update(s, live)
+                live.carry, live.carried = live.carried, None
                 if live.scheduler is not None and not isinstance(live.scheduler, ReduceLROnPlateau):
                     live.scheduler.step()
             finish_step(s, last)
@@ -180,6 +182,7 @@ def forward_backward(s: Session, live: Live, batch: Any) -> Any:
         parameter.grad = None
     parts = [batch] if s.microbatch is None else split(batch, s.microbatch)
     shares = Shares(batch, len(parts), spec.loss)
+    extras: dict[str, Mean] = defaultdict(Mean)
     for part in parts:
         part, target = s.strategy.place(part), None
         with s.strategy.autocast():
@@ -187,14 +190,15 @@ def forward_backward(s: Session, live: Live, batch: Any) -> Any:
                 args, kwargs, target = unpack(part)
                 result = spec.loss(s.model(*args, **kwargs), target)  # type: ignore[misc]
             else:
-                result = spec.step(s.model, part, state.carry) if live.takes_carry else spec.step(s.model, part)
+                result = spec.step(s.model, part, live.carry) if live.takes_carry else spec.step(s.model, part)
         found = terms(result)
         loss = shares.contribution(found, part, target)
         (loss if state.scaler is None else state.scaler.scale(loss)).backward()
-        if found.carry is not None:
-            state.carry = found.carry
+        live.carried = found.carry
         for name, value in found.logged.items():
-            s.tally(live.prefix + name, as_mean(value))
+            add_result(extras[name], value, num_rows(part) or 1)
+    for name, mean in extras.items():
+        s.tally(live.prefix + name, mean.value())
     if state.scaler is not None:
         state.scaler.unscale_(live.optimizer)
     loss = shares.finish(live.parameters)
@@ -222,6 +226,7 @@ def update(s: Session, live: Live) -> None:
     scaler.update()
     if scaler.get_scale() < before:
         s.state.progress.skipped_steps += 1
+        live.optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule goes on, without torch's warning
 
 
 def finish_step(s: Session, last: bool) -> None:
@@ -232,7 +237,9 @@ def finish_step(s: Session, last: bool) -> None:
     progress.step += 1
     progress.batch += 1
     if last:
-        progress.epoch, progress.batch, state.carry = progress.epoch + 1, 0, None
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        for live in state.objectives:
+            live.carry = None
     for function in s.on_step:
         function(progress, s.metrics)
 
@@ -356,7 +363,7 @@ def save(s: Session, *, interim: bool = False) -> None:
     s.settle()
     progress = s.state.progress
     check_finite(s)
-    for path, leaf in leaves(s.state.carry, "carry"):
+    for path, leaf in leaves({live.name: live.carry for live in s.state.objectives}, "carry"):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             raise UserError(
                 f"{path} still holds the graph of its batch",

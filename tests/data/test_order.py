@@ -397,7 +397,7 @@ class Drawing:
         return 24
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self.which == "few" and index % 7 != 5 or self.which == "none":
+        if (self.which == "few" and index % 7 != 5) or self.which == "none":
             return torch.tensor([index, 0.0, 0.0, 0.0], dtype=torch.float64)
         torch_, numpy_, python_ = self.which in ("all", "few", "torch"), self.which in ("all", "few", "numpy"), True
         if self.which in ("torch", "numpy"):

@@ -88,7 +88,7 @@ def replay(s: "Session", batch: Any, step: int) -> str | None:
         for live in s.state.objectives:
             with s.strategy.autocast():
                 if live.spec.step is not None:
-                    carry = (s.state.carry,) if live.takes_carry else ()
+                    carry = (live.carry,) if live.takes_carry else ()
                     terms(live.spec.step(s.state.model, batch, *carry))
                 else:
                     args, kwargs, _ = unpack(batch)
