@@ -12,7 +12,7 @@ from stoker.data.seeding import EVALUATION, fold, seed_all
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
 from stoker.interrupts import Interrupts
-from stoker.losses import Mean, Terms, add_result, effective_count, terms
+from stoker.losses import Mean, Terms, add_result, effective_count, exact, terms
 from stoker.recipe import Recipe, unpack
 
 
@@ -38,14 +38,15 @@ class Scores:
     def add_loss(self, name: str, found: Terms, loss: Any, target: Any, rows: int) -> None:
         """Count one batch's loss: its sum and what it was summed over."""
         reduction, count = effective_count(loss, target, rows)
+        value = exact(found.loss)
         if found.count is not None:
-            self.mean(name).add(found.loss, found.count)
+            self.mean(name).add(value, found.count)
         elif reduction == "sum":
-            self.mean(name).add(found.loss, rows)
+            self.mean(name).add(value, rows)
         elif isinstance(count, torch.Tensor):  # a mean over nothing is nan, and counts nothing
-            self.mean(name).add(torch.where(count > 0, found.loss * count, 0.0), count)
+            self.mean(name).add(torch.where(count > 0, value * count, 0.0), count)
         else:
-            self.mean(name).add(found.loss * count, count)
+            self.mean(name).add(value * count, count)
 
     def update(self, output: Any, target: Any, rows: int) -> None:
         """Count one batch.

@@ -46,6 +46,11 @@ def terms(result: Any) -> Terms:
     )
 
 
+def exact(number: Any) -> Any:
+    """Return a tensor in float64, where its device has it; the gradient comes back in the tensor's own type."""
+    return number.double() if isinstance(number, torch.Tensor) and number.device.type != "mps" else number
+
+
 def effective_count(loss: Any, target: Any, rows: int) -> tuple[str, Any]:
     """How torch's own losses reduce: ("sum", 1), or ("mean", the number, or weight, of what they averaged over)."""
     if getattr(loss, "reduction", "mean") == "sum":
@@ -57,7 +62,7 @@ def effective_count(loss: Any, target: Any, rows: int) -> tuple[str, Any]:
     ):
         valid = target != loss.ignore_index
         if loss.weight is not None:
-            return "mean", loss.weight[target[valid]].sum()
+            return "mean", exact(loss.weight[target[valid]]).sum()
         return "mean", valid.sum()
     return "mean", rows
 
@@ -71,8 +76,8 @@ class Mean:
 
     def add(self, total: Any, count: Any) -> None:
         """Add a sum over `count` samples."""
-        self._sum = self._sum + (total.detach().double() if isinstance(total, torch.Tensor) else total)
-        self._count = self._count + (count.double() if isinstance(count, torch.Tensor) else count)
+        self._sum = self._sum + exact(total.detach() if isinstance(total, torch.Tensor) else total)
+        self._count = self._count + exact(count)
 
     def value(self) -> Any:
         """Return the mean on its device; nan where nothing was counted."""
@@ -122,11 +127,11 @@ class Shares:
         if count is not None and self._num_parts == 1:
             loss = loss / _nonzero(count)
         elif count is not None:
-            count = _exact(count)
+            count = exact(count)
             if self._norm is None:
                 self._norm = _at_least_one(count) * self._num_parts
             self._total = self._total + count
-            loss = _exact(loss) / self._norm
+            loss = exact(loss) / self._norm
         self.value = loss.detach() if self._num_parts == 1 else self.value + loss.detach()
         return loss
 
@@ -140,11 +145,6 @@ class Shares:
                     parameter.grad.mul_(correction)
             self.value = self.value * correction
         return self.value
-
-
-def _exact(number: Any) -> Any:
-    """Return a tensor in float64, where its device has it; the gradient comes back in the tensor's own type."""
-    return number.double() if isinstance(number, torch.Tensor) and number.device.type != "mps" else number
 
 
 def _nonzero(count: Any) -> Any:

@@ -69,11 +69,8 @@ class TrainState:
         self.model = model
         self.progress = Progress()
         self.scaler = scaler
-        self.losses = {
-            name: o.loss
-            for name, o in recipe.objectives.items()
-            if isinstance(o.loss, nn.Module) and o.loss.state_dict()
-        }
+        losses = {name: o.loss for name, o in recipe.objectives.items() if isinstance(o.loss, nn.Module)}
+        self.losses = {name: loss for name, loss in losses.items() if loss.state_dict()}
         self.names = {p: name for name, p in model.named_parameters()}
         for objective, loss in self.losses.items():
             self.names |= {p: f"loss/{objective}/{name}" for name, p in loss.named_parameters()}

@@ -278,7 +278,9 @@ def read(path: Path) -> Checkpoint:
                 raise Damaged(f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
             if _sha256(file) != expected["sha256"]:
                 raise Damaged(f"{path.name}/{name} does not match its checksum")
-            tensors[name] = load_file(file)
+            # Copies begin at aligned addresses, as tensors do that were never saved: BLAS sums in an order that
+            # depends on the address, and LBFGS, which works on its saved vectors in place, would differ in a bit.
+            tensors[name] = {key: tensor.clone() for key, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as error:
             raise Damaged(f"{path.name}/{name} cannot be read: {error}") from error
     try:
