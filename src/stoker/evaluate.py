@@ -65,7 +65,7 @@ class Scores:
 
     def compute(self, prefix: str) -> dict[str, Any]:
         """All values, by name under `prefix`."""
-        values: dict[str, Any] = {f"{prefix}/{name}": float(mean.value()) for name, mean in self._means.items()}
+        values: dict[str, Any] = {f"{prefix}/{name}": mean.value() for name, mean in self._means.items()}
         for name, metric in self._metrics.items():
             if not hasattr(metric, "update"):
                 continue

@@ -14,14 +14,14 @@ from stoker.checkpoint.store import Checkpoint, Damaged, read
 from stoker.data.batch import num_rows
 from stoker.data.feeds import Feed
 from stoker.data.loader import Loader, check_source, open_feed
-from stoker.data.seeding import EVALUATION, fold, isolated, seed_all
+from stoker.data.seeding import EVALUATION, fold, isolated, seed_all, seed_all_plainly
 from stoker.devices.strategy import Single, find_device
 from stoker.errors import UserError
 from stoker.evaluate import evaluate
 from stoker.interrupts import Interrupts
 from stoker.recipe import Recipe, unpack
 from stoker.run import Identity, RunDir
-from stoker.start import Run, rebuild, require_identity, seed_all_plainly
+from stoker.start import Run, rebuild, require_identity
 from stoker.state import load_by_name
 
 
@@ -46,14 +46,9 @@ class Opened:
         if source is None:
             raise UserError(f"the recipe has no {split} data", remedy=f"give {split}=stoker.Loader(...) in the recipe")
         check_source(source, split)
-        if isinstance(source, Loader):
-            size = (
-                batch_size
-                or source.batch_size
-                or (self.recipe.train.batch_size if isinstance(self.recipe.train, Loader) else None)
-            )
-            source = Loader(source.dataset, size or 64, collate=source.collate)
-        return open_feed(source, self.identity.seed, workers=workers, evaluation=True)
+        own = [x.batch_size for x in (source, self.recipe.train) if isinstance(x, Loader) and x.batch_size]
+        size = batch_size or (own[0] if own else 64)
+        return open_feed(source, self.identity.seed, batch_size=size, workers=workers, evaluation=True)
 
     def evaluate(self, split: str, batch_size: int | None = None, workers: int = 0) -> dict[str, Any]:
         """Losses and metrics of a split by name."""

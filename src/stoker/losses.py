@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from stoker.data.batch import num_rows
 from stoker.errors import UserError
@@ -55,13 +56,10 @@ def effective_count(loss: Any, target: Any, rows: int) -> tuple[str, Any]:
     """How torch's own losses reduce: ("sum", 1), or ("mean", the number, or weight, of what they averaged over)."""
     if getattr(loss, "reduction", "mean") == "sum":
         return "sum", 1
-    if (
-        isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
-        and isinstance(target, torch.Tensor)
-        and not target.is_floating_point()
-    ):
-        valid = target != loss.ignore_index
-        if loss.weight is not None:
+    counts_targets = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or loss in (F.cross_entropy, F.nll_loss)
+    if counts_targets and isinstance(target, torch.Tensor) and not target.is_floating_point():
+        valid = target != getattr(loss, "ignore_index", -100)
+        if getattr(loss, "weight", None) is not None:
             return "mean", exact(loss.weight[target[valid]]).sum()
         return "mean", valid.sum()
     return "mean", rows
@@ -79,11 +77,14 @@ class Mean:
         self._sum = self._sum + exact(total.detach() if isinstance(total, torch.Tensor) else total)
         self._count = self._count + exact(count)
 
-    def value(self) -> Any:
-        """Return the mean on its device; nan where nothing was counted."""
-        if isinstance(self._count, torch.Tensor):
-            return self._sum / self._count
-        return self._sum / self._count if self._count else float("nan")
+    def parts(self) -> tuple[Any, Any]:
+        """Return sum and count, on their device."""
+        return self._sum, self._count
+
+    def value(self) -> float:
+        """Return the mean; nan where nothing was counted."""
+        count = float(self._count)
+        return float(self._sum) / count if count else float("nan")
 
 
 def add_result(mean: Mean, result: Any, rows: int) -> None:

@@ -119,7 +119,7 @@ def lr_range(
     """Run the test, write OUT.csv and OUT.html, print the suggestion."""
     source = load_source(file)
     result = range_test(
-        source.recipe(source.arguments(arguments)), low=low, high=high, steps=steps, seed=seed, device=device
+        source.recipe(source.arguments(arguments), seed), low=low, high=high, steps=steps, seed=seed, device=device
     )
     terminal = Terminal(soft_wrap=True, highlight=False)
     table = Path(f"{out}.csv")

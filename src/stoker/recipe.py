@@ -186,6 +186,8 @@ class Recipe:
         return model
 
 
+_PLAIN = (bool, int, float, str, list, tuple, dict, Path, type(None))
+
 TARGET_NAMES = ("target", "targets", "labels", "label", "y")
 
 
@@ -220,11 +222,12 @@ def origin_of_frame(frame: FrameType) -> Origin:
     source = "".join(linecache.getlines(code.co_filename, frame.f_globals))
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     assigned = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_FAST", "STORE_DEREF")}
+    plain = all(isinstance(frame.f_locals.get(n), _PLAIN) for n in names)  # what run.json can keep
     top_level = getattr(frame.f_globals.get(code.co_name), "__code__", None) is code
     return Origin(
         file=file.resolve() if file.exists() else None,
         modules=local_modules(file.resolve(), source) if file.exists() else {},
-        function=code.co_name if top_level and not assigned & set(names) else None,
+        function=code.co_name if top_level and not assigned & set(names) and plain else None,
         arguments={name: frame.f_locals.get(name) for name in names} if top_level else {},
         source=source,
     )

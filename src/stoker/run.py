@@ -1,6 +1,8 @@
 """The run directory: identity, source, events. Its path is an argument, never a global."""
 
 import difflib
+import enum
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,7 +72,8 @@ class Identity:
         fields += ["epochs", "steps"] if self.length_matters or then.length_matters else []
         for name in fields:
             if getattr(then, name) != getattr(self, name):
-                lines.append(f"{name}: {getattr(then, name)} then, {getattr(self, name)} now")
+                why = " (the schedule is a function of it)" if name in ("epochs", "steps") else ""
+                lines.append(f"{name}: {getattr(then, name)} then, {getattr(self, name)} now{why}")
         old_texts, new_texts = {"recipe.py": then.source, **then.modules}, {"recipe.py": self.source, **self.modules}
         for name in sorted({*old_texts, *new_texts}):
             old_lines, new_lines = old_texts.get(name, "").splitlines(), new_texts.get(name, "").splitlines()
@@ -83,7 +87,11 @@ def jsonable(value: Any) -> Any:
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value) if isinstance(value, Path) else f"<{type(value).__qualname__}>"  # no address: it changes
 
 
 def identity_of(origin: Origin, **decided: Any) -> Identity:
@@ -124,7 +132,7 @@ class RunDir:
         self.path = path
         self.store = Store(path / "checkpoints", keep=keep, keep_best=keep_best)
         self._lock: TextIO | None = None
-        self._events: TextIO | None = None
+        self._events: FileIO | None = None  # unbuffered: what cannot be written is not tried again when it is closed
         self._saved_at = time.monotonic()
         self._save_s = 0.05  # assumed until the first save is measured
         self._logged_epoch = 0
@@ -140,7 +148,8 @@ class RunDir:
                     remedy="choose an empty or new folder with --out",
                 )
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock: unlike flock's, it does not live on in data workers that outlive a killed parent.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another process is training in {self.path}", remedy="wait for it, or choose another --out"
@@ -169,7 +178,7 @@ class RunDir:
                 **recorded["limits"],
             )
         except FileNotFoundError:
-            if not (self.path / "run.json").exists():
+            if not self.store.all():  # nothing yet, or killed before its source was written
                 return None
             raise UserError(f"{self.path} lacks the source of its recipe", remedy="put it back there") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -208,11 +217,11 @@ class RunDir:
             },
         }
         try:
+            write_atomically(self.path / "run.json", json.dumps(recorded, indent=1))  # first: it marks the folder ours
             for name, text in identity.modules.items():
                 (self.path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self.path / "source" / name, text)
             write_atomically(self.path / "recipe.py", identity.source)
-            write_atomically(self.path / "run.json", json.dumps(recorded, indent=1))
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}", remedy="choose another --out") from None
 
@@ -221,7 +230,7 @@ class RunDir:
         path = self.path / "events.jsonl"
         if path.exists() and path.stat().st_size > size_bytes:
             os.truncate(path, size_bytes)
-        self._events = path.open("a", encoding="utf-8")
+        self._events = path.open("ab", buffering=0)
 
     def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
         """Append one event per value."""
@@ -233,8 +242,9 @@ class RunDir:
             for name, value in values.items()
         ]
         try:
-            self._events.write("\n".join(lines) + "\n")
-            self._events.flush()
+            text = ("\n".join(lines) + "\n").encode()
+            if self._events.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}/events.jsonl: {error.strerror}",

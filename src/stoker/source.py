@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.errors import UserError, nearest, told
 from stoker.recipe import Origin, Recipe, check_arguments, imported_names, local_modules, parameters_of
 
@@ -66,15 +67,24 @@ class Source:
                 ) from None
         return values
 
-    def recipe(self, arguments: Mapping[str, Any]) -> Recipe:
-        """Call the function.
+    def recall(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments as `run.json` keeps them, back in the types that the function's annotations name."""
+        parameters = parameters_of(self.function)
+        return {
+            name: revive(value, parameters[name].annotation) for name, value in recorded.items() if name in parameters
+        }
+
+    def recipe(self, arguments: Mapping[str, Any], seed: int = 0) -> Recipe:
+        """Call the function, seeded: what it draws itself, a random split say, is a function of the seed too.
 
         Raises:
             UserError: it raises, naming the line; or it returns something else than a Recipe.
         """
         check_arguments(self.function, list(arguments), self.label)
         try:
-            recipe = self.function(**arguments)
+            with isolated():
+                seed_all_plainly(seed)
+                recipe = self.function(**arguments)
         except UserError:
             raise
         except Exception as error:
@@ -85,7 +95,9 @@ class Source:
                 remedy="end it with `return stoker.Recipe(...)`",
             )
         modules = local_modules(self.file, self.text)
-        recipe.origin = Origin(self.file, self.function_name, dict(arguments), self.text, modules)
+        bound = inspect.signature(self.function).bind(**arguments)
+        bound.apply_defaults()
+        recipe.origin = Origin(self.file, self.function_name, bound.arguments, self.text, modules)
         return recipe
 
 
@@ -198,12 +210,30 @@ def convert(text: str, annotation: Any) -> Any:
             raise ValueError(f"{len(options)} comma-separated values are accepted")
         values = [convert(word, kinds[min(i, len(kinds) - 1)]) for i, word in enumerate(words)]
         return tuple(values) if origin is tuple or annotation is tuple else values
-    if isinstance(annotation, type):
-        return _scalar(text, annotation)
+    if annotation is Any:
+        return _literal(text)
+    if isinstance(annotation, type) or origin is dict:
+        return _scalar(text, origin or annotation)
+    return _literal(text)
+
+
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def revive(value: Any, annotation: Any) -> Any:
+    """Value of an annotated type from what JSON made of it."""
+    if isinstance(value, list) and (typing.get_origin(annotation) or annotation) is tuple:
+        return tuple(value)
+    if isinstance(value, str) and annotation not in (inspect.Parameter.empty, Any):
+        try:
+            return convert(value, annotation)
+        except ValueError:
+            return value
+    return value
 
 
 def _first(text: str, options: Sequence[Any]) -> Any:
@@ -223,14 +253,28 @@ def _scalar(text: str, kind: Any) -> Any:
             raise ValueError("true or false is accepted")
         return _TRUTH[text.lower()]
     if kind is int:
-        number = float(text.replace("_", "")) if not text.strip().lstrip("+-").replace("_", "").isdigit() else int(text)
-        if number != int(number):
-            raise ValueError("a whole number is accepted")
-        return int(number)
+        return _whole(text)
     if issubclass(kind, enum.Enum):
         if text not in kind.__members__:
             raise ValueError(f"one of {', '.join(kind.__members__)} is accepted")
         return kind[text]
     if kind is type(None):
         return None
-    return kind(text)
+    if kind is dict:
+        value = _literal(text)
+        if not isinstance(value, dict):
+            raise ValueError("a dict as Python writes it is accepted")
+        return value
+    try:
+        return kind(text)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _whole(text: str) -> int:
+    if text.strip().lstrip("+-").replace("_", "").isdigit():
+        return int(text)
+    number = float(text.replace("_", ""))  # 1e3
+    if not number.is_integer():
+        raise ValueError("a whole number is accepted")
+    return int(number)

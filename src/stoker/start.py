@@ -1,19 +1,16 @@
 """From a recipe to a run: fit and resume. Everything is put together here once, before the loop."""
 
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-import numpy as np
-import torch
 from torch import nn
 
 from stoker.checkpoint.store import Checkpoint
 from stoker.data.loader import Loader, check_source, epoch_batches, open_feed, sample_ids
-from stoker.data.seeding import isolated
+from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
 from stoker.interrupts import Interrupts
@@ -164,19 +161,14 @@ def rebuild(folder: RunDir, identity: Identity) -> Recipe:
             remedy="stoker.resume(run, recipe) or stoker.load(run, recipe) with the same recipe",
         )
     if identity.file is not None and Path(identity.file).is_file():
-        return load_source(f"{identity.file}:{identity.function}").recipe(identity.arguments)
+        source = load_source(f"{identity.file}:{identity.function}")
+        return source.recipe(source.recall(identity.arguments), identity.seed)
     sys.path.insert(0, str(folder.path / "source"))  # what the recipe imported from its own folder
-    recipe = load_source(f"{folder.path / 'recipe.py'}:{identity.function}").recipe(identity.arguments)
+    source = load_source(f"{folder.path / 'recipe.py'}:{identity.function}")
+    recipe = source.recipe(source.recall(identity.arguments), identity.seed)
     where = Path(identity.file) if identity.file is not None else None
     recipe.origin = replace(recipe.origin, file=where, modules=identity.modules)
     return recipe
-
-
-def seed_all_plainly(seed: int) -> None:
-    """Seed as a plain training script does before it builds its model, so that both build the same one."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
 
 
 def total_steps(recipe: Recipe, limits: Limits, seed: int) -> int | None:
@@ -210,18 +202,19 @@ class Started:
         on_step: Sequence[Observer],
     ) -> None:
         """Open the data and make the session that the loop works on."""
-        source = {
-            "batch_size": global_batch_size(recipe) or 64,
-            "workers": self.plan.workers,
-            "pin_memory": strategy.device.type == "cuda",
-        }
+        size = global_batch_size(recipe)
+        val_size = (recipe.val.batch_size if isinstance(recipe.val, Loader) else None) or size or 64
+        source = {"workers": self.plan.workers, "pin_memory": strategy.device.type == "cuda"}
+        val = None
+        if recipe.val is not None:
+            val = open_feed(recipe.val, seed, batch_size=val_size, evaluation=True, **source)
         self.session = Session(
             recipe=recipe,
             state=self.state,
             model=strategy.prepare(self.state.model),
             strategy=strategy,
-            feed=open_feed(recipe.train, seed, **source),
-            val_feed=open_feed(recipe.val, seed, evaluation=True, **source) if recipe.val is not None else None,
+            feed=open_feed(recipe.train, seed, batch_size=size, **source),
+            val_feed=val,
             seed=seed,
             microbatch=self.plan.microbatch,
             limits=limits,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -75,6 +75,16 @@ class Limits:
     keep_best: int = 1
 
 
+class Tally(NamedTuple):
+    """A value on its way into the log window."""
+
+    name: str
+    total: Any
+    count: Any
+    finite: bool  # whether anything else is an error
+    at: tuple[int, int, int]  # step, epoch, batch
+
+
 @dataclass
 class Session:
     """A run in progress: what the loop needs, made by `stoker.start`."""
@@ -95,39 +105,41 @@ class Session:
     metrics: dict[str, Any] = field(default_factory=dict)
     saved_step: int = -1
     deferred: bool = False  # losses are read at the edges only, to let a device run ahead
-    _pending: list[tuple[str, Any, Progress]] = field(default_factory=list)
+    last: tuple[int, int, int] = (0, 0, 0)  # step, epoch and batch of the step that was taken last
+    _pending: list["Tally"] = field(default_factory=list)
     _clock: tuple[float, int] = (0.0, 0)
 
-    def tally(self, name: str, value: Any) -> None:
-        """Add a value of this step to the log window.
+    def tally(self, name: str, total: Any, count: Any = 1, *, finite: bool = True) -> None:
+        """Add a value of this step, or a sum over `count`, to the log window.
 
         Raises:
-            NonFinite: it is nan or infinite (where `deferred`, `settle` raises it).
+            NonFinite: it has to be `finite` and is not (where `deferred`, `settle` raises it).
         """
-        progress = self.state.progress
-        if self.deferred and isinstance(value, torch.Tensor):
-            here = Progress(progress.step, progress.epoch, progress.batch)
-            self._pending.append((name, value.detach(), here))
+        at = self.state.progress
+        entry = Tally(name, total, count, finite, (at.step, at.epoch, at.batch))
+        if self.deferred:
+            self._pending.append(entry)
         else:
-            self._count(name, float(value), progress)
+            self._count(entry, float(total), float(count))
 
     def settle(self) -> None:
         """Read the device's pending values: the one synchronisation of a log window."""
         if self._pending:
-            values = torch.stack([value.float() for _, value, _ in self._pending]).cpu().tolist()
             pending, self._pending = self._pending, []
-            for (name, _, progress), value in zip(pending, values, strict=True):
-                self._count(name, value, progress)
+            numbers = [torch.as_tensor(x).detach().float() for entry in pending for x in (entry.total, entry.count)]
+            found = torch.stack([x.to(self.strategy.device) for x in numbers]).cpu().tolist()
+            for entry, total, count in zip(pending, found[::2], found[1::2], strict=True):
+                self._count(entry, total, count)
 
-    def _count(self, name: str, value: float, at: Progress) -> None:
-        window = self.state.progress
-        if not math.isfinite(value):
+    def _count(self, entry: "Tally", total: float, count: float) -> None:
+        if entry.finite and not math.isfinite(total):
             scaler = self.state.scaler
             if scaler is not None and scaler.get_scale() > 1e-3:
                 return  # the scaler skips this step and lowers its scale
-            raise NonFinite(name, at.step, at.epoch, at.batch)
-        window.window_sum[name] = window.window_sum.get(name, 0.0) + value
-        window.window_count[name] = window.window_count.get(name, 0.0) + 1
+            raise NonFinite(entry.name, *entry.at)
+        window = self.state.progress
+        window.window_sum[entry.name] = window.window_sum.get(entry.name, 0.0) + total
+        window.window_count[entry.name] = window.window_count.get(entry.name, 0.0) + count
 
     def close(self) -> None:
         """Release the data's worker processes."""
@@ -198,7 +210,7 @@ def forward_backward(s: Session, live: Live, batch: Any) -> Any:
         for name, value in found.logged.items():
             add_result(extras[name], value, num_rows(part) or 1)
     for name, mean in extras.items():
-        s.tally(live.prefix + name, mean.value())
+        s.tally(live.prefix + name, *mean.parts(), finite=False)
     if state.scaler is not None:
         state.scaler.unscale_(live.optimizer)
     loss = shares.finish(live.parameters)
@@ -216,24 +228,24 @@ def clip(s: Session, live: Live) -> None:
 
 
 def update(s: Session, live: Live) -> None:
-    """Step one optimizer; a step that the loss scaler skips is counted."""
-    scaler = s.state.scaler
-    if scaler is None:
+    """Step one optimizer; the loss scaler skips a step whose gradients overflowed."""
+    if s.state.scaler is None:
         live.optimizer.step()
-        return
-    before = scaler.get_scale()
-    scaler.step(live.optimizer)
-    scaler.update()
-    if scaler.get_scale() < before:
-        s.state.progress.skipped_steps += 1
-        live.optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule goes on, without torch's warning
+    else:
+        s.state.scaler.step(live.optimizer)
+        live.optimizer._opt_called = True  # type: ignore[attr-defined]  # also if skipped: the schedule goes on
 
 
 def finish_step(s: Session, last: bool) -> None:
     """Count the step and prepare what the next one carries over."""
     progress, state = s.state.progress, s.state
+    if state.scaler is not None:
+        before = state.scaler.get_scale()
+        state.scaler.update()
+        progress.skipped_steps += state.scaler.get_scale() < before
     if state.ema is not None:
         state.average(state.ema)
+    s.last = progress.step, progress.epoch, progress.batch
     progress.step += 1
     progress.batch += 1
     if last:
@@ -295,7 +307,8 @@ def log_window(s: Session) -> None:
     progress = s.state.progress
     if not progress.window_count:
         return
-    values: dict[str, Any] = {n: t / progress.window_count[n] for n, t in progress.window_sum.items()}
+    counts = progress.window_count
+    values: dict[str, Any] = {name: total / counts[name] for name, total in progress.window_sum.items() if counts[name]}
     for live in s.state.objectives:
         values[live.prefix + "lr"] = live.learning_rate
     if s.state.scaler is not None:
@@ -379,8 +392,7 @@ def check_finite(s: Session) -> None:
     norms = torch._foreach_norm([p.detach() for _, p in named], float("inf"))
     if not torch.stack([norm.float().cpu() for norm in norms]).isfinite().all():
         name = next(n for (n, _), norm in zip(named, norms, strict=True) if not norm.isfinite())
-        progress = s.state.progress
-        raise NonFinite(f"parameter {name}", progress.step, progress.epoch, progress.batch)
+        raise NonFinite(f"parameter {name}", *s.last)
 
 
 def leaves(tree: Any, path: str) -> list[tuple[str, Any]]:

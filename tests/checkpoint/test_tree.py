@@ -88,7 +88,10 @@ def same(a: Any, b: Any) -> bool:
         return (
             isinstance(b, torch.Tensor)
             and (a.dtype, a.shape) == (b.dtype, b.shape)
-            and a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
+            and (
+                a.numel() == 0
+                or a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
+            )
         )
     if isinstance(a, np.generic):
         a = a.item()

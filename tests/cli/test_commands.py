@@ -119,7 +119,7 @@ def test_train_resume_show(file: Path, log: Path, tmp_path: Path) -> None:
     for part in ("planes", "width=6", "seed", "9", "precision=fp32", "step-00000005", "(latest)", "(best)", "val/loss"):
         assert part in shown
     assert "finished: steps" in shown
-    assert "going on at step 5" in said("resume", out, "--steps", 9, log=log)
+    assert "going on at step 5" in said("resume", out, "--steps", 9, "--force", log=log)
     assert json.loads((out / "checkpoints/latest/checkpoint.json").read_text())["step"] == 9
     assert json.loads((out / "run.json").read_text())["seed"] == 9
     assert (out / "recipe.py").read_text() == RECIPE

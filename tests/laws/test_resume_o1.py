@@ -84,7 +84,7 @@ def test_an_epochs_last_step(tmp_path: Path) -> None:
     """The end of a long epoch, and the beginning of the next."""
     at_a_million(tmp_path, recipe_of(Slow(), shuffle=True))
     data = Slow()
-    data.__class__ = type("Shorter", (Slow,), {"__len__": lambda self: (STEP + 1) * BATCH})
+    data.__class__ = type("Slow", (Slow,), {"__len__": lambda self: (STEP + 1) * BATCH})
     recipe = recipe_of(data, shuffle=True)
     run = stoker.fit(recipe, steps=STEP + MORE, out=tmp_path, quiet=True, device="cpu")
     assert (run.step, run.epoch) == (STEP + MORE, 1)

@@ -134,7 +134,7 @@ class Store:
                 "format": FORMAT,
                 "step": step,
                 "epoch": epoch,
-                "loss": loss,
+                "loss": loss if shown else None,
                 "metrics": flatten(metrics)[0],
                 "interim": interim,
                 "files": written,
@@ -157,7 +157,6 @@ class Store:
             self._link_best(best)
             self._prune(step, best)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             latest = self.latest()
             resumes_at = latest.name if latest is not None else "the start"
             raise UserError(
@@ -165,11 +164,13 @@ class Store:
                 why="the disk is full, its quota is used up, or it is not writable",
                 remedy=f"make room, then run the same command again; it goes on from {resumes_at}",
             ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return final
 
     def _link(self, name: str, target: str) -> None:
         partial = self.folder / f".{name}.tmp"
-        partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)  # of a save that was killed
         partial.symlink_to(target)
         partial.replace(self.folder / name)
 
@@ -188,8 +189,9 @@ class Store:
                 doomed = path.with_name(f".dropped-{path.name}")
                 path.rename(doomed)
                 shutil.rmtree(doomed)
-        for stray in [p for kind in ("dropped", "partial", "replaced") for p in self.folder.glob(f".{kind}-*")]:
-            shutil.rmtree(stray)
+        for kind in ("dropped", "partial", "replaced"):
+            for stray in self.folder.glob(f".{kind}-*"):
+                shutil.rmtree(stray)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -256,7 +258,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise Damaged(f"{path.name}/checkpoint.json does not match its checksum")
         if record["format"] != FORMAT:
             raise Damaged(f"{path.name} has format {record['format']}, this stoker reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path.name}/checkpoint.json cannot be read: {error}") from error
     return dict(record)
 
@@ -268,22 +270,8 @@ def read(path: Path) -> Checkpoint:
         Damaged: a file is missing, truncated or altered; the message names it.
     """
     record = read_record(path)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for name, expected in record["files"].items():
-        file = path / name
-        if Path(name).name != name or file.is_symlink():
-            raise Damaged(f"{path.name}/checkpoint.json names a file outside the checkpoint: {name!r}")
-        try:
-            if file.stat().st_size != expected["bytes"]:
-                raise Damaged(f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-            if _sha256(file) != expected["sha256"]:
-                raise Damaged(f"{path.name}/{name} does not match its checksum")
-            # Copies begin at aligned addresses, as tensors do that were never saved: BLAS sums in an order that
-            # depends on the address, and LBFGS, which works on its saved vectors in place, would differ in a bit.
-            tensors[name] = {key: tensor.clone() for key, tensor in load_file(file).items()}
-        except (OSError, SafetensorError) as error:
-            raise Damaged(f"{path.name}/{name} cannot be read: {error}") from error
     try:
+        tensors = {name: _read_tensors(path, name, entry) for name, entry in record["files"].items()}
         return Checkpoint(
             path=path,
             step=record["step"],
@@ -293,5 +281,21 @@ def read(path: Path) -> Checkpoint:
             ema=tensors.get("ema.safetensors"),
             state=unflatten(record["state"], tensors["state.safetensors"]),
         )
-    except KeyError as error:
-        raise Damaged(f"{path.name} lacks {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path.name}/checkpoint.json does not describe a checkpoint: {error!r}") from error
+
+
+def _read_tensors(path: Path, name: str, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    file = path / name
+    if Path(name).name != name or file.is_symlink():
+        raise Damaged(f"{path.name}/checkpoint.json names a file outside the checkpoint: {name!r}")
+    try:
+        if file.stat().st_size != expected["bytes"]:
+            raise Damaged(f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise Damaged(f"{path.name}/{name} does not match its checksum")
+        # Copies begin at aligned addresses, as tensors do that were never saved: BLAS sums in an order that
+        # depends on the address, and LBFGS, which works on its saved vectors in place, would differ in a bit.
+        return {key: tensor.clone() for key, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path.name}/{name} cannot be read: {error}") from error

@@ -79,7 +79,7 @@ def train(file: str | None, arguments: tuple[str, ...], wants_help: bool, **opti
     from stoker.source import load_source
 
     source = load_source(file)
-    return begin(source.recipe(source.arguments(arguments)), options)
+    return begin(source.recipe(source.arguments(arguments), options["seed"] or 0), options)
 
 
 @click.command()

@@ -17,6 +17,7 @@ from stoker.data.order import (
     Sequential,
     Shuffled,
     batches_of_sampler,
+    once,
     order_of_sampler,
     weighted,
 )
@@ -97,7 +98,7 @@ class Loader:
                 f"a {type(dataset).__name__} has no length",
                 remedy="give it __len__ and __getitem__, or derive it from torch's IterableDataset",
             )
-        self._cache: dict[int | None, Batches] = {}
+        self._cache: dict[tuple[int | None, bool], Batches] = {}
 
     def __len__(self) -> int:
         """Return the number of samples in the dataset (map-style and tensors)."""
@@ -118,16 +119,21 @@ class Loader:
         plan = self.plan() if not self.iterable else None
         return isinstance(plan, ListedBatches) or (isinstance(plan, Chunked) and isinstance(plan.order, Listed))
 
-    def plan(self, batch_size: int | None = None) -> Batches:
-        """Batches of indices, with `batch_size` where the loader names none."""
-        if batch_size not in self._cache:
-            self._cache[batch_size] = self._plan(batch_size)
-        return self._cache[batch_size]
+    def plan(self, batch_size: int | None = None, *, evaluation: bool = False) -> Batches:
+        """Batches of indices, with `batch_size` where the loader names none.
 
-    def _plan(self, batch_size: int | None) -> Batches:
+        For an evaluation, `batch_size` comes first, and every sample comes once: drop_last, shuffle and weights are
+        the training's.
+        """
+        key = batch_size, evaluation
+        if key not in self._cache:
+            self._cache[key] = self._plan(batch_size, evaluation)
+        return self._cache[key]
+
+    def _plan(self, batch_size: int | None, evaluation: bool) -> Batches:
         if self._batch_sampler is not None:
             return batches_of_sampler(self._batch_sampler)
-        n, size = len(self), self.batch_size or batch_size
+        n, size = len(self), (batch_size or self.batch_size if evaluation else self.batch_size or batch_size)
         if size is None:
             raise UserError("the loader has no batch size", remedy="stoker.Loader(dataset, 32, ...)")
         order: Order
@@ -139,7 +145,7 @@ class Loader:
             order = order_of_sampler(self._sampler, n)
         else:
             order = Shuffled(n, n) if self._shuffle else Sequential(n)
-        return Chunked(order, size, self.drop_last)
+        return Chunked(once(order), size, False) if evaluation else Chunked(order, size, self.drop_last)
 
     def batches(self, seed: int, epoch: int) -> list[list[int]]:
         """Sample indices of every batch of an epoch, in the order in which a run with this seed trains on them."""
@@ -163,7 +169,7 @@ class Loader:
         collate = self.collate or default_collate
         if self.iterable:
             return IterableFeed(self.dataset, self.batch_size or batch_size or 1, self.drop_last, collate, seed)
-        plan = self.plan(batch_size)
+        plan = self.plan(batch_size, evaluation=evaluation)
         if self.columns is not None:
             return TensorFeed(self.columns, plan, seed)
         if workers == 0:

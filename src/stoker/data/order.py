@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from stoker.data.seeding import ORDER, fold, isolated, seed_all
 from stoker.errors import UserError
@@ -20,7 +21,7 @@ from stoker.errors import UserError
 Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
-_FEISTEL_ROUNDS = 8
+_FEISTEL_ROUNDS = 16  # fewer leave some orders of 5 or 6 samples likelier than others
 
 
 def _scramble(words: _Words, key: int) -> _Words:
@@ -163,20 +164,18 @@ def _sampled(sampler: Iterable[Any], seed: int, epoch: int) -> Indices:
 
 
 def _batch_sampled(sampler: Iterable[Any], seed: int, epoch: int) -> list[Indices]:
-    inner_generator = getattr(getattr(sampler, "sampler", None), "generator", None)
-    if inner_generator is not None:
-        inner_generator.manual_seed(fold(seed, ORDER, epoch))
     return [np.asarray(batch, dtype=np.int64) for batch in run_sampler(sampler, seed, epoch)]
 
 
 def run_sampler(sampler: Iterable[Any], seed: int, epoch: int) -> list[Any]:
     """Everything a sampler yields in an epoch, as a function of (seed, epoch)."""
     key = fold(seed, ORDER, epoch)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    generator = getattr(sampler, "generator", None)
-    if generator is not None:
-        generator.manual_seed(key)
+    parts: list[Any] = [sampler, getattr(sampler, "sampler", None)]  # a batch sampler has one of its own inside
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+        if isinstance(getattr(part, "generator", None), torch.Generator):
+            part.generator.manual_seed(key)
     with isolated():
         seed_all(key)
         return list(sampler)
@@ -248,6 +247,15 @@ def weighted(weights: Any, num_samples: int, replacement: bool) -> Order:
             remedy="sample with replacement, or ask for fewer",
         )
     return Listed(lru_cache(maxsize=1)(partial(_without_replacement, w, num_samples)))
+
+
+def once(order: Order) -> Order:
+    """Every sample that an order draws from, once, in the data's own order; a user's own sampler as it is."""
+    if isinstance(order, Among):
+        return Among(order.indices, once(order.order))
+    if isinstance(order, Shuffled):
+        return Sequential(order.n)
+    return Sequential(len(order.weights)) if isinstance(order, Weighted) else order
 
 
 def order_of_sampler(sampler: Any, n: int) -> Order:

@@ -44,6 +44,13 @@ def seed_all(key: int) -> None:
     random.seed(key)
 
 
+def seed_all_plainly(seed: int) -> None:
+    """Seed as a plain training script does before it builds its model, so that both build the same one."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
 def draws() -> tuple[float, float, float]:
     """One draw from each global generator: equal draws after equal seeds mean that nobody drew in between."""
     return random.random(), float(np.random.random_sample()), torch.rand(()).item()

@@ -12,13 +12,13 @@ from rich.table import Table
 from stoker.checkpoint.store import Damaged, read_record
 from stoker.checkpoint.tree import unflatten
 from stoker.data.loader import Loader, check_source, open_feed
-from stoker.data.seeding import isolated
+from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.errors import UserError
 from stoker.probes.summary import summary
 from stoker.recipe import unpack
 from stoker.run import RunDir
 from stoker.source import describe, load_source
-from stoker.start import require_identity, seed_all_plainly
+from stoker.start import require_identity
 from stoker.watch.console import shown
 
 
