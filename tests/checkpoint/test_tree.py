@@ -82,17 +82,15 @@ trees = st.recursive(
 )
 
 
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes of a tensor's elements."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).flatten().view(torch.uint8)
+
+
 def same(a: Any, b: Any) -> bool:
     """Equal in type, shape, structure, order and bits; nan is nan."""
     if isinstance(a, torch.Tensor):
-        return (
-            isinstance(b, torch.Tensor)
-            and (a.dtype, a.shape) == (b.dtype, b.shape)
-            and (
-                a.numel() == 0
-                or a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
-            )
-        )
+        return isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape) and raw(a).equal(raw(b))
     if isinstance(a, np.generic):
         a = a.item()
     if type(a) is not type(b):

@@ -565,3 +565,25 @@ def test_a_finished_run_again(file: Path, log: Path) -> None:
         assert code == 0, text
         assert "--quiet" in command or "already finished at step 8" in text
         assert content(out) == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_interrupt_leaves_at_once(file: Path, tmp_path: Path, workers: int) -> None:
+    """Nor do workers in the middle of a sample keep the process."""
+    words = ["train", file, "sleep_s=0.3", "--epochs", 9, "--log-every", 1, "--workers", workers]
+    process = start([*words, "--out", tmp_path / "out"], tmp_path / "log")
+    log_file = tmp_path / "out" / "events.jsonl"
+    while process.is_alive() and not (log_file.exists() and log_file.stat().st_size):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(LIMIT_S // 2)
+    hangs = process.is_alive()
+    if hangs:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    assert not hangs
+    assert process.exitcode == 130
+    assert "interrupted; what was saved before is untouched" in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()

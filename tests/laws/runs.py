@@ -37,14 +37,21 @@ def start(words: list[Any], log: Path) -> Any:
 
 def run(words: list[Any], log: Path) -> int:
     process = start(words, log)
-    process.join(240)
-    assert process.exitcode is not None, log.read_text()
-    return process.exitcode
+    return wait(process, log)
+
+
+def wait(process: Any, log: Path) -> int:
+    """Exit code; polled, since join() with a limit waits for the process's orphaned data workers as well."""
+    limit_s = time.monotonic() + 240
+    while process.is_alive():
+        assert time.monotonic() < limit_s, log.read_text()
+        time.sleep(0.005)
+    return int(process.exitcode)
 
 
 def run_killed(
     words: list[Any], log: Path, delay_s: float, number: int = signal.SIGKILL, after: Path | None = None
-) -> int | None:
+) -> int:
     """Run a command and send it a signal a while after `after` has content (or its start); return its exit code."""
     process = start(words, log)
     while after is not None and process.is_alive() and not (after.exists() and after.stat().st_size):
@@ -52,15 +59,22 @@ def run_killed(
     time.sleep(delay_s)
     if process.is_alive():
         os.kill(process.pid, number)
-    process.join(240)
-    assert process.exitcode is not None, log.read_text()
-    return process.exitcode
+    return wait(process, log)
 
 
 def events(out: Path) -> list[dict[str, Any]]:
     """What a run logged, less what depends on the clock and the machine."""
     lines = (out / "events.jsonl").read_text().splitlines()
     return [e for e in map(json.loads, lines) if not e["name"].startswith(("time/", "system/"))]
+
+
+def is_finished(out: Path) -> bool:
+    """Whether the run's newest checkpoint is its last."""
+    names = sorted(p.name for p in (out / "checkpoints").glob("step-*"))
+    if not names:
+        return False
+    record = json.loads((out / "checkpoints" / names[-1] / "checkpoint.json").read_text())
+    return bool(record["state"]["progress"]["finished"])
 
 
 def final(out: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from stoker.devices.strategy import Single
 from stoker.evaluate import evaluate
 from stoker.interrupts import Interrupts
 
-SEED, CLASSES, WIDTH, TOKENS = 9, 4, 5, 6
+SEED, CLASSES, WIDTH, TOKENS = 1, 4, 5, 6
 TOLERANCE = 1e-12  # of float64
 
 

@@ -39,13 +39,16 @@ class Slow(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def recipe_of(data: Slow, **order: Any) -> stoker.Recipe:
-    return stoker.Recipe(
-        model=lambda: nn.Linear(2, 1),
-        loss=nn.MSELoss(),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
-        schedule=stoker.constant(warmup_steps=10),
-        train=stoker.Loader(data, BATCH, **order),
-    )
+    def make() -> stoker.Recipe:  # within a function, so that `data` is no argument of the recipe
+        return stoker.Recipe(
+            model=lambda: nn.Linear(2, 1),
+            loss=nn.MSELoss(),
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+            schedule=stoker.constant(warmup_steps=10),
+            train=stoker.Loader(data, BATCH, **order),
+        )
+
+    return make()
 
 
 def at_a_million(out: Path, recipe: stoker.Recipe) -> None:
