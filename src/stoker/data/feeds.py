@@ -17,6 +17,8 @@ from stoker.errors import UserError, told
 # Batches whose indices are computed at once: amortises the vectorised arithmetic to ~1 us a batch.
 _BLOCK_BATCHES = 256
 
+_UNDRAWN = fold(0, SAMPLE)  # a seed that nobody chooses
+
 Collate = Callable[[list[Any]], Any]
 
 
@@ -83,13 +85,13 @@ class Keyed:
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        self._undrawn: tuple[float, float, float] | None = None  # draws after seed 0, once no sample is known to draw
+        self._undrawn: tuple[float, float, float] | None = None  # draws after that seed, if the first batch drew none
         self._known = False
 
     def read(self, epoch: int, indices: list[int]) -> list[Any]:
         """Samples of a batch."""
         if self._undrawn is not None:
-            seed_all(0)
+            seed_all(_UNDRAWN)
             samples = self._get(epoch, indices)
             if draws() == self._undrawn:
                 return samples
@@ -107,7 +109,7 @@ class Keyed:
             seed_all(fold(self.seed, SAMPLE, epoch, index))
             drawn = drawn or after != draws()
         if not drawn:
-            seed_all(0)
+            seed_all(_UNDRAWN)
             self._undrawn = draws()
         return samples
 
@@ -258,7 +260,9 @@ class WorkerFeed:
         return batch
 
     def close(self) -> None:
-        self._iterator = None  # its finaliser ends the workers
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:  # a traceback may hold it: its finaliser would come too late
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class IterableFeed:
