@@ -63,6 +63,22 @@ def test_only_a_draw_after_a_batch_without_any_is_read_twice() -> None:
         assert sum(dataset.reads) == 64 + repeated
 
 
+def mix(samples: list[torch.Tensor]) -> torch.Tensor:
+    """A collate function with a will of its own."""
+    return torch.stack(samples)[torch.randperm(len(samples))] + random.random() + np.random.rand()
+
+
+def test_a_collate_function_draws_anew_for_every_batch() -> None:
+    epochs = []
+    for workers in (0, 2, 0):
+        feed = stoker.Loader(Draws(lambda i: False), 8, collate=mix).feed(5, workers=workers)
+        epochs.append(torch.stack([batch for epoch in range(2) for batch, _ in feed.epoch(epoch)]))
+        feed.close()
+    assert torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[0], epochs[2])
+    shifts = (epochs[0] - epochs[0].floor())[:, 0, 1]
+    assert len(set(shifts.tolist())) == 16
+
+
 def test_generators_are_left_alone(tmp_path: Path) -> None:
     def numbers() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from stoker.data.order import Batches
-from stoker.data.seeding import SAMPLE, draws, fold, seed_all
+from stoker.data.seeding import COLLATE, SAMPLE, draws, fold, seed_all
 from stoker.errors import UserError, told
 
 # Batches whose indices are computed at once: amortises the vectorised arithmetic to ~1 us a batch.
@@ -75,21 +75,27 @@ class TensorFeed:
         pass
 
 
-class Keyed:
-    """A dataset whose sample (epoch, index) draws from generators seeded by (seed, epoch, index).
+class Reader:
+    """Reads and collates batches; sample (epoch, index) draws from generators seeded by (seed, epoch, index).
 
     Seeding costs 8 us a sample, more than many samples do. Where the first batch's samples drew nothing, the
     generators are seeded once a batch and looked at after it; should a sample have drawn after all, that batch is
     read again with a seed for every sample, and so is all that follows.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
+        self._dataset, self._collate, self._seed = dataset, collate, seed
         self._undrawn: tuple[float, float, float] | None = None  # draws after that seed, if the first batch drew none
         self._known = False
 
-    def read(self, epoch: int, indices: list[int]) -> list[Any]:
-        """Samples of a batch."""
+    def batch(self, epoch: int, indices: list[int]) -> Any:
+        """Read and collate; a collate function that draws, to mix samples say, is keyed by the batch's first."""
+        samples = self._read(epoch, indices)
+        if self._collate is not default_collate:
+            seed_all(fold(self._seed, COLLATE, epoch, indices[0]))
+        return self._collate(samples)
+
+    def _read(self, epoch: int, indices: list[int]) -> list[Any]:
         if self._undrawn is not None:
             seed_all(_UNDRAWN)
             samples = self._get(epoch, indices)
@@ -106,7 +112,7 @@ class Keyed:
         for index in indices:
             samples += self._keyed(epoch, index)
             after = draws()
-            seed_all(fold(self.seed, SAMPLE, epoch, index))
+            seed_all(fold(self._seed, SAMPLE, epoch, index))
             drawn = drawn or after != draws()
         if not drawn:
             seed_all(_UNDRAWN)
@@ -114,11 +120,11 @@ class Keyed:
         return samples
 
     def _keyed(self, epoch: int, index: int) -> list[Any]:
-        seed_all(fold(self.seed, SAMPLE, epoch, index))
+        seed_all(fold(self._seed, SAMPLE, epoch, index))
         return self._get(epoch, [index])
 
     def _get(self, epoch: int, indices: list[int]) -> list[Any]:
-        dataset, samples = self.dataset, []
+        dataset, samples = self._dataset, []
         try:
             for index in indices:
                 samples.append(dataset[index])
@@ -132,15 +138,14 @@ class SampleFeed:
     """A map-style dataset read in this process."""
 
     def __init__(self, dataset: Any, batches: Batches, collate: Collate, seed: int) -> None:
-        self._keyed, self._batches, self._collate, self._seed = Keyed(dataset, seed), batches, collate, seed
+        self._reader, self._batches, self._seed = Reader(dataset, collate, seed), batches, seed
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
         count = self._batches.count(self._seed, epoch)
         for block in range(start, count, _BLOCK_BATCHES):
             stop = min(block + _BLOCK_BATCHES, count)
             for i, indices in enumerate(self._batches.take(self._seed, epoch, block, stop), block):
-                samples = self._keyed.read(epoch, indices.tolist())
-                yield self._collate(samples), i == count - 1
+                yield self._reader.batch(epoch, indices.tolist()), i == count - 1
 
     def close(self) -> None:
         pass
@@ -155,14 +160,14 @@ class _Failure:
 
 
 class _WorkerSide:
-    """Reads and collates a batch in a worker; what goes wrong there comes back as a `_Failure`."""
+    """A Reader in a worker; what goes wrong there comes back as a `_Failure`."""
 
-    def __init__(self, keyed: Keyed, collate: Collate) -> None:
-        self._keyed, self._collate = keyed, collate
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
     def __getitems__(self, key: tuple[int, list[int]]) -> Any:
         try:
-            return self._collate(self._keyed.read(*key))
+            return self._reader.batch(*key)
         except Exception as error:
             message = told(error, "reading the data")
             return _Failure(message.what, message.why)
@@ -219,14 +224,14 @@ class WorkerFeed:
         pin_memory: bool,
         repeat: bool,
     ) -> None:
-        self._dataset, self._batches, self._collate, self._seed = dataset, batches, collate, seed
+        self._reader, self._batches, self._seed = Reader(dataset, collate, seed), batches, seed
         self._workers, self._pin_memory, self._repeat = workers, pin_memory, repeat
         self._next: tuple[int, int] | None = None
         self._iterator: Iterator[Any] | None = None
 
     def _open(self, epoch: int, start: int) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
-            _WorkerSide(Keyed(self._dataset, self._seed), self._collate),  # type: ignore[arg-type]
+            _WorkerSide(self._reader),  # type: ignore[arg-type]
             batch_sampler=_Stream(self._batches, self._seed, epoch, start, self._repeat),
             collate_fn=_as_is,
             num_workers=self._workers,

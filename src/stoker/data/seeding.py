@@ -14,7 +14,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 # First element of a key's path: keeps the streams apart.
-STEP, SAMPLE, ORDER, EVALUATION = 1, 2, 3, 4
+STEP, SAMPLE, ORDER, EVALUATION, COLLATE = 1, 2, 3, 4, 5
 
 
 def fold(seed: int, *path: int) -> int:
