@@ -7,7 +7,7 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import stoker
 
@@ -30,12 +30,23 @@ class Augmented(Dataset):
         return self.x[index] + 0.1 * noise, self.y[index]
 
 
+class Stream(IterableDataset):
+    """The same samples, one after the other, with no length and no state."""
+
+    def __init__(self, samples: Augmented) -> None:
+        self.samples = samples
+
+    def __iter__(self):
+        yield from (self.samples[i] for i in range(len(self.samples)))
+
+
 def recipe(lr: float = 1e-2, n: int = 96, batch_size: int = 8, sleep_s: float = 0.0, sampling: str = "weighted"):
     data = Augmented(n, sleep_s)
     order = {
         "weighted": {"weights": np.linspace(0.5, 2.0, n)},
         "shuffled": {"shuffle": True},
         "sequential": {},
+        "iterable": {},
         "own": {"sampler": torch.utils.data.RandomSampler(range(n), num_samples=2 * n, generator=torch.Generator())},
     }[sampling]
     return stoker.Recipe(
@@ -44,8 +55,8 @@ def recipe(lr: float = 1e-2, n: int = 96, batch_size: int = 8, sleep_s: float = 
         ),
         loss=nn.CrossEntropyLoss(),
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
-        schedule=stoker.cosine(warmup_steps=10),
-        train=stoker.Loader(data, batch_size, **order),
+        schedule=stoker.constant(10) if sampling == "iterable" else stoker.cosine(warmup_steps=10),
+        train=stoker.Loader(Stream(data) if sampling == "iterable" else data, batch_size, **order),
         val=stoker.Loader(Augmented(20, sleep_s)),
         metrics={"accuracy": lambda output, target: (output.argmax(1) == target).float()},
         clip_norm=1.0,

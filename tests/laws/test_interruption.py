@@ -35,7 +35,7 @@ def test_sigkill_at_twenty_random_moments(tmp_path: Path, workers: int) -> None:
     )
 
 
-@pytest.mark.parametrize("sampling", ["shuffled", "sequential", "own"])
+@pytest.mark.parametrize("sampling", ["shuffled", "sequential", "own", "iterable"])
 def test_workers_may_change_between_resumes(tmp_path: Path, sampling: str) -> None:
     extra = [f"sampling={sampling}", "sleep_s=0.002", "--checkpoint-every", 3]
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
