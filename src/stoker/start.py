@@ -36,6 +36,23 @@ class PlanOptions(TypedDict, total=False):
     compile: bool
 
 
+class FitOptions(PlanOptions, total=False):
+    """How long, where to, how often: see `fit`."""
+
+    epochs: int | None
+    steps: int | None
+    seed: int
+    out: str | Path | None
+    checkpoint_every: int | None
+    eval_every: int | None
+    log_every: int
+    keep: int
+    keep_best: int
+    quiet: bool
+    force: bool
+    on_step: Sequence[Observer]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that has ended, for now or for good.
@@ -79,7 +96,7 @@ def prepare(
     return start(recipe, options, limits, seed=seed, out=out, keep=keep, quiet=quiet, force=force, on_step=on_step)
 
 
-def fit(recipe: Recipe, **options: Any) -> Run:
+def fit(recipe: Recipe, **options: Unpack[FitOptions]) -> Run:
     """Train a recipe; with the `out` of an unfinished run, go on with that run.
 
     Args:
@@ -110,7 +127,7 @@ def fit(recipe: Recipe, **options: Any) -> Run:
     return started.result()
 
 
-def resume(run: str | Path, recipe: Recipe | None = None, **changes: Any) -> Run:
+def resume(run: str | Path, recipe: Recipe | None = None, **changes: Unpack[FitOptions]) -> Run:
     """Go on with an unfinished run, with its own recipe, arguments, seed and limits.
 
     Args:
