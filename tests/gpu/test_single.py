@@ -1,0 +1,59 @@
+"""One CUDA device: resumed to the same bits, a nan found late is still traced to its module, precisions."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stoker
+from tests.laws.runs import assert_same
+
+pytestmark = pytest.mark.gpu
+
+
+class Log(nn.Module):
+    """Undefined for what is negative."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log(x)
+
+
+def recipe(middle: Any = nn.ReLU) -> stoker.Recipe:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(256, 16, generator=generator), torch.randint(0, 4, (256,), generator=generator)
+    return stoker.Recipe(
+        model=lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), middle(), nn.Dropout(0.2), nn.Linear(32, 4)),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        schedule=stoker.cosine(warmup_steps=5),
+        train=stoker.Loader((x, y), 32, shuffle=True),
+        val=stoker.Loader((x, y)),
+        clip_norm=1.0,
+        ema=0.9,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_stop_changes_no_bit(tmp_path: Path, precision: str) -> None:
+    options: Any = {"epochs": 4, "device": "cuda", "precision": precision, "quiet": True, "log_every": 4}
+    stoker.fit(recipe(), out=tmp_path / "whole", **options)
+
+    def stop(progress: Any, metrics: Any) -> None:
+        if progress.step in (5, 17):
+            signal.raise_signal(signal.SIGTERM)
+
+    for _ in range(3):
+        run = stoker.fit(recipe(), out=tmp_path / "stopped", on_step=[stop], **options)
+    assert run.reason == "epochs"
+    assert next(run.model.parameters()).is_cuda
+
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_nan_found_at_the_log_line_is_traced_to_its_step_and_module(tmp_path: Path) -> None:
+    with pytest.raises(stoker.UserError, match=r"in step 1 .*\n.*module 2 \(Log\)"):
+        stoker.fit(recipe(Log), epochs=4, device="cuda", quiet=True, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
