@@ -1,10 +1,12 @@
 """What every test may ask for: real data, or a skip that says which data is absent."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -29,6 +31,15 @@ def fashion_mnist() -> Path:
     if not (FASHION_MNIST / "train-images-idx3-ubyte.gz").is_file():
         pytest.skip("no Fashion-MNIST: as root, scripts/debian dataset-fashion-mnist")
     return FASHION_MNIST
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread in torch: more would fight over the cores, and hang in children that tests fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

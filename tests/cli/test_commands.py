@@ -8,7 +8,6 @@ import os
 import pty
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -74,15 +73,6 @@ def bowl(curvature: float = 2.0):
         train=torch.zeros(1),
     )
 '''
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Children are forked from this process: a thread pool that it had started would hang theirs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

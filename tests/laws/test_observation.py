@@ -7,7 +7,6 @@ import random
 import select
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ from tests.laws.runs import final
 
 SEED, EPOCHS, N, BATCH = 4, 4, 22, 4
 STEPS = EPOCHS * 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Noisy(Dataset[Any]):

@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,6 @@ from stoker.interrupts import Interrupts
 
 SEED, CLASSES, WIDTH, TOKENS = 1, 4, 5, 6
 TOLERANCE = 1e-12  # of float64
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Table(Dataset[Any]):

@@ -1,7 +1,7 @@
 """Law 1 for everything that a step changes: each scheduler and optimizer of torch, stopped and resumed."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,6 @@ from tests.laws.runs import assert_same, events, final
 SEED, EPOCHS = 2, 4
 STEPS = 4 * EPOCHS  # four batches an epoch, the last of them smaller
 STOPS = (1, 6, 8, 13)  # after the first step, within an epoch, at its end, and late
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,14 +26,6 @@ SEED, EPOCHS, N, BATCH = 5, 3, 22, 5  # the last batch of an epoch holds 2
 Indices = list[int]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def samples(n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(11)
     return torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)
