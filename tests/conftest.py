@@ -47,7 +47,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
-    import torch  # seconds: only for a selection that holds such tests
 
     if not torch.cuda.is_available():
         for item in needing:
