@@ -214,15 +214,15 @@ def unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 def origin_of_frame(frame: FrameType) -> Origin:
     """Origin of a recipe made in `frame`.
 
-    `function` stays None where calling it again would not give the same recipe: it is not at a module's top level,
-    or it has assigned to one of its parameters, so that their values are no longer the arguments.
+    `function` stays None where calling it again would not give the same recipe: it is not at the top level of a file,
+    it was given objects, or it has assigned to one of its parameters, whose values are no longer the arguments then.
     """
     code = frame.f_code
     file = Path(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename, frame.f_globals))
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     assigned = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_FAST", "STORE_DEREF")}
-    plain = all(isinstance(frame.f_locals.get(n), _PLAIN) for n in names)  # what run.json can keep
+    plain = file.exists() and all(isinstance(frame.f_locals.get(n), _PLAIN) for n in names)  # run.json can keep it
     top_level = getattr(frame.f_globals.get(code.co_name), "__code__", None) is code
     return Origin(
         file=file.resolve() if file.exists() else None,

@@ -2,7 +2,6 @@
 
 import ast
 import enum
-import importlib.util
 import inspect
 import sys
 import types
@@ -136,10 +135,11 @@ def load_source(spec: str) -> Source:
 
 def _import(file: Path, text: str) -> types.ModuleType:
     name = file.stem if file.stem.isidentifier() and file.stem not in sys.modules else f"_recipe_{abs(hash(file)):x}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file} is not a Python file", remedy="a recipe's file name ends in .py")
-    module = importlib.util.module_from_spec(spec)
+    main = sys.modules.get("__main__")
+    if main is not None and getattr(main, "__file__", None) and Path(str(main.__file__)).resolve() == file:
+        return main  # a script that trains: importing it again would train again
+    module = types.ModuleType(name)
+    module.__file__ = str(file)
     folder = str(file.parent)
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
     for imported in imported_names(text):  # another recipe's `data.py` is not this one's
@@ -149,7 +149,8 @@ def _import(file: Path, text: str) -> types.ModuleType:
             del sys.modules[imported]
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # From the text that the run keeps, never from cached byte code, which can be that of a second ago.
+        exec(compile(text, str(file), "exec"), module.__dict__)
     except UserError:
         raise
     except Exception as error:

@@ -601,3 +601,8 @@ def test_transformers_families_and_their_next_real_forward(name: str) -> None:
     assert table.macs > 0
     expected, given = (forward(**batch)[0] for forward in (twin, model))
     assert torch.equal(expected, given)
+
+
+def test_no_hook_is_left_behind() -> None:
+    summary(nn.Linear(2, 2), torch.zeros(1, 2))
+    assert not torch.nn.modules.module._has_any_global_hook()

@@ -23,7 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -122,7 +126,9 @@ class Trace:
         used = _UsedParameters()
         with contextlib.ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(enter).remove)
-            stack.callback(register_module_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+            handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
+            stack.callback(handle.remove)
+            stack.callback(_global_forward_hooks_with_kwargs.pop, handle.id, None)  # remove() forgets this one
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
             stack.enter_context(used)
             stack.enter_context(counter)
