@@ -323,6 +323,10 @@ def _deform_flops(x: Shape, weight: Shape, *_: Any, out_shape: Shape = (), **__:
     return 2 * prod(out_shape) * prod(weight[1:])
 
 
+def _sdpa_flops(q: Shape, k: Shape, v: Shape, *_: Any, out_shape: Shape = (), **__: Any) -> int:
+    return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
     formulas: dict[Any, Callable[..., int]] = {
@@ -334,6 +338,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         aten.mkldnn_rnn_layer: _rnn_layer_flops,
         aten._cudnn_rnn: _rnn_flops,
         aten._grouped_mm: _grouped_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,  # 2.11 does not count it
     }
     if "torchvision" in sys.modules:
         formulas[torch.ops.torchvision.deform_conv2d] = _deform_flops
