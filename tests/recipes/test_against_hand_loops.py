@@ -787,9 +787,10 @@ def test_compiled(tmp_path: Path) -> None:
     run = fit(recipe, tmp_path, epochs=1, compile=True)
     torch.compiler.reset()
     model = by_hand(lambda: nn.Linear(6, 3))
-    compiled, optimizer = torch.compile(model), sgd(model.parameters())
+    model.compile()
+    optimizer = sgd(model.parameters())
     for x, y in batches(data, epochs=1):
         optimizer.zero_grad()
-        F.cross_entropy(compiled(x), y).backward()
+        F.cross_entropy(model(x), y).backward()
         optimizer.step()
     assert_same(run.model, model, by_hand(lambda: nn.Linear(6, 3)))
