@@ -17,6 +17,7 @@ from stoker.recipe import Recipe
 from stoker.source import load_source
 from stoker.start import build_state
 from stoker.train import Limits, Nowhere, Session, finish_step, forward_backward, update
+from stoker.watch.console import terminal
 
 _SMOOTHING = 0.9  # of the exponential moving average over losses
 _DIVERGED = 4.0  # stop once the smoothed loss exceeds its minimum this many times
@@ -121,7 +122,7 @@ def lr_range(
     result = range_test(
         source.recipe(source.arguments(arguments), seed), low=low, high=high, steps=steps, seed=seed, device=device
     )
-    terminal = Terminal(soft_wrap=True, highlight=False)
+    screen = terminal()
     table = Path(f"{out}.csv")
     try:
         with table.open("w", newline="", encoding="utf-8") as lines:
@@ -131,12 +132,12 @@ def lr_range(
         written = [str(table), plot(result, Path(f"{out}.html"))]
     except OSError as error:
         raise UserError(f"cannot write {table}: {error.strerror}", remedy="choose another --out") from error
-    terminal.print(f"{len(result.rates)} rates from {result.rates[0]:.2g} to {result.rates[-1]:.2g}")
+    screen.print(f"{len(result.rates)} rates from {result.rates[0]:.2g} to {result.rates[-1]:.2g}")
     if result.suggestion is None:
-        terminal.print("the loss never fell: try a lower --from, more --steps, or look at the model")
+        screen.print("the loss never fell: try a lower --from, more --steps, or look at the model")
     else:
-        terminal.print(f"steepest fall at lr={result.suggestion:.2g}")
-    terminal.print("written: " + ", ".join(name for name in written if name))
+        screen.print(f"steepest fall at lr={result.suggestion:.2g}")
+    screen.print("written: " + ", ".join(name for name in written if name))
 
 
 def plot(result: RangeTest, path: Path) -> str:
@@ -148,7 +149,12 @@ def plot(result: RangeTest, path: Path) -> str:
         return ""
     figure = go.Figure(go.Scatter(x=result.rates, y=result.losses, mode="lines", name="smoothed loss"))
     if result.suggestion is not None:
-        figure.add_vline(x=result.suggestion, line_dash="dash", annotation_text=f"lr={result.suggestion:.2g}")
-    figure.update_layout(xaxis={"type": "log", "title": "learning rate"}, yaxis={"title": "loss (smoothed)"})
+        figure.add_vline(x=result.suggestion, line_dash="dash")
+        # Not add_vline's own annotation: on a logarithmic axis plotly takes its place for an exponent.
+        where = math.log10(result.suggestion)
+        label = f"steepest fall at lr={result.suggestion:.2g}"
+        figure.add_annotation(x=where, y=1, yref="paper", yanchor="bottom", showarrow=False, text=label)
+    xaxis = {"type": "log", "title": "learning rate", "exponentformat": "e", "dtick": 1}
+    figure.update_layout(xaxis=xaxis, yaxis={"title": "loss (smoothed)"})
     figure.write_html(path, include_plotlyjs=True)
     return str(path)

@@ -51,12 +51,15 @@ class Console(Protocol):
         ...
 
 
+def terminal() -> Terminal:
+    """Return standard output; a pipe, which has no width of its own, gets one that cuts no name off."""
+    found = Terminal(soft_wrap=True, highlight=False)
+    return found if found.is_terminal or found.is_jupyter else Terminal(soft_wrap=True, highlight=False, width=200)
+
+
 def console_for(quiet: bool) -> Console:
     """Quiet, live (a terminal or a notebook), or plain lines (a pipe)."""
-    terminal = Terminal(soft_wrap=True, highlight=False)
-    if quiet:
-        return Quiet()
-    return Lines(terminal)
+    return Quiet() if quiet else Lines(terminal())
 
 
 class Quiet:

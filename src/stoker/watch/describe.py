@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.table import Table
 
 from stoker.checkpoint.store import Damaged, read_record
@@ -19,7 +18,7 @@ from stoker.recipe import unpack
 from stoker.run import RunDir
 from stoker.source import describe, load_source
 from stoker.start import require_identity
-from stoker.watch.console import shown
+from stoker.watch.console import shown, terminal
 
 
 def describe_run(path: Path) -> None:
@@ -27,7 +26,7 @@ def describe_run(path: Path) -> None:
     folder = RunDir(path)
     identity = require_identity(folder)
     recorded = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    terminal = Terminal(soft_wrap=True, highlight=False)
+    out = terminal()
     rows: list[tuple[str, str]] = [
         ("run", str(path)),
         ("recipe", f"{identity.recipe}  ({identity.file or 'notebook'}:{identity.function or '?'})"),
@@ -46,10 +45,10 @@ def describe_run(path: Path) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
-    terminal.print(table)
+    out.print(table)
     checkpoints = folder.store.all()
     if not checkpoints:
-        terminal.print(f"no checkpoint yet; go on with: stoker resume {path}")
+        out.print(f"no checkpoint yet; go on with: stoker resume {path}")
         return
     best = folder.store.best()
     listing = Table(box=None, padding=(0, 2, 0, 0))
@@ -57,8 +56,8 @@ def describe_run(path: Path) -> None:
         listing.add_column(heading, justify="right" if heading == "MiB" else "left")
     for checkpoint in checkpoints:
         listing.add_row(*_checkpoint_row(checkpoint, checkpoint == checkpoints[-1], checkpoint == best))
-    terminal.print(listing)
-    terminal.print(_ending(folder, path))
+    out.print(listing)
+    out.print(_ending(folder, path))
 
 
 def _checkpoint_row(path: Path, latest: bool, best: bool) -> tuple[str, str, str, str]:
@@ -93,8 +92,8 @@ def describe_recipe(target: str, arguments: Sequence[str], depth: int | None) ->
     """Print a recipe's arguments and the summary of its model on its first batch."""
     source = load_source(target)
     recipe = source.recipe(source.arguments(arguments))
-    terminal = Terminal(soft_wrap=True, highlight=False)
-    terminal.print(describe(source) + "\n", markup=False)
+    out = terminal()
+    out.print(describe(source) + "\n", markup=False)
     check_source(recipe.train, "train")
     with isolated():
         seed_all_plainly(0)
@@ -105,4 +104,4 @@ def describe_recipe(target: str, arguments: Sequence[str], depth: int | None) ->
         args, kwargs, _ = unpack(batch)
     except UserError:
         args, kwargs = (batch,), {}
-    terminal.print(summary(model, kwargs or args, depth=depth))
+    out.print(summary(model, kwargs or args, depth=depth))
