@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -117,6 +118,8 @@ def fresh_dir(recipe: str) -> Path:
 
 
 def _git_commit(folder: Path) -> str | None:
+    if shutil.which("git") is None:
+        return None
     found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None if found.returncode == 0 else None
 
@@ -155,6 +158,8 @@ class RunDir:
                 f"another process is training in {self.path}", remedy="wait for it, or choose another --out"
             ) from None
         except OSError as error:
+            if error.errno == errno.ENOLCK:
+                return  # a network file system without locks: a second process there is the user's to avoid
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror or error}", remedy="choose another --out"
             ) from None

@@ -91,6 +91,9 @@ def prepare(
     **plan: Unpack[PlanOptions],
 ) -> "Started":
     """Everything `fit` does before the loop; its arguments and errors are those of `fit`."""
+    if not isinstance(recipe, Recipe):
+        hint = "call it: fit(recipe(...), ...)" if callable(recipe) else "fit(stoker.Recipe(...), ...)"
+        raise UserError(f"fit takes a Recipe, not a {type(recipe).__name__}", remedy=hint)
     limits = Limits(epochs, steps, eval_every, checkpoint_every, log_every, keep_best)
     options = make_plan(recipe.train, **plan)
     return start(recipe, options, limits, seed=seed, out=out, keep=keep, quiet=quiet, force=force, on_step=on_step)
