@@ -121,6 +121,7 @@ def open_run(run: str | Path, which: str = "best", device: str | None = None) ->
     recipe = rebuild(folder, identity)
     strategy = Single(find_device(device), identity.precision)
     model = restore_model(recipe, checkpoint, identity.seed).to(strategy.device)
+    recipe.place_losses(strategy.device)
     return Opened(folder, identity, recipe, checkpoint, model, strategy)
 
 

@@ -168,6 +168,12 @@ class Recipe:
             if mode not in ("min", "max"):
                 raise UserError(f"mode must be 'min' or 'max', got {mode!r}")
 
+    def place_losses(self, device: torch.device) -> None:
+        """Move losses that are modules (class weights, weights of their own) beside the model."""
+        for objective in (self.objectives or {}).values():
+            if isinstance(objective.loss, nn.Module):
+                objective.loss.to(device)
+
     @property
     def length_matters(self) -> bool:
         """Whether a schedule is a function of the run's total number of steps."""

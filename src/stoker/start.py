@@ -410,6 +410,7 @@ def build_state(recipe: Recipe, strategy: Strategy, limits: Limits, seed: int) -
     """Model, optimizers and schedules as they are before the first step."""
     seed_all_plainly(seed)
     model = recipe.build_model().to(strategy.device)
+    recipe.place_losses(strategy.device)
     if not model.training:  # as from_pretrained() returns it; in a model in train mode, frozen parts stay in eval
         model.train()
     length = total_steps(recipe, limits, seed) if recipe.length_matters else None

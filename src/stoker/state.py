@@ -97,9 +97,7 @@ class TrainState:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(f"optimizer= gave a {type(optimizer).__name__}, not a torch.optim.Optimizer")
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        owned: list[torch.Tensor] = [
-            p for p in self.names if p in held
-        ]  # in the model's order, in which a norm is summed up
+        owned: list[torch.Tensor] = [p for p in self.names if p in held]  # in the order in which a norm sums up
         strange = [tuple(p.shape) for p in held if p not in self.names]
         if strange:
             raise UserError(

@@ -26,7 +26,7 @@ def recipe(middle: Any = nn.ReLU) -> stoker.Recipe:
     x, y = torch.randn(256, 16, generator=generator), torch.randint(0, 4, (256,), generator=generator)
     return stoker.Recipe(
         model=lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), middle(), nn.Dropout(0.2), nn.Linear(32, 4)),
-        loss=nn.CrossEntropyLoss(),
+        loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0, 0.5])),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         schedule=stoker.cosine(warmup_steps=5),
         train=stoker.Loader((x, y), 32, shuffle=True),

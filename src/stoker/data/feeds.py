@@ -273,8 +273,8 @@ class WorkerFeed:
 class IterableFeed:
     """An IterableDataset read in this process.
 
-    On resume at batch `start` the dataset's own ``load_state_dict`` is not needed where reading is cheap: the
-    samples before it are read again and dropped, and a line on stderr says how many.
+    It cannot be asked for a position: to begin at batch `start`, the samples before it are read again and dropped,
+    and a line on stderr says how many.
     """
 
     def __init__(self, dataset: Any, batch_size: int, drop_last: bool, collate: Collate, seed: int) -> None:
