@@ -82,6 +82,8 @@ def make_plan(
     if workers and isinstance(train, Loader) and train.iterable:
         notes.append("workers 0: an iterable dataset is read in the main process, so that its order is exact")
         workers = 0
+    if compile:
+        notes.append("compiled kernels agree with eager ones to rounding, not to the bit")
     return Plan(
         str(find_device(device)),
         precision=precision,

@@ -20,7 +20,7 @@ from stoker.recipe import Recipe
 from stoker.run import Identity, RunDir, fresh_dir, identity_of
 from stoker.source import load_source
 from stoker.state import Progress, TrainState
-from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, train
+from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, save, train
 from stoker.watch.console import Console, console_for
 
 
@@ -257,6 +257,8 @@ class Started:
         progress = self.state.progress
         if self.session is not None:
             self.session.interrupts.__exit__(kind, error, trace)
+            if isinstance(error, Exception) and not isinstance(error, NonFinite):
+                self._rescue(self.session, error)
             self.session.close()
             if isinstance(error, Exception) and not isinstance(error, UserError | NonFinite):
                 ids = sample_ids(self.session.recipe.train, self.session.seed, progress.epoch, progress.batch)
@@ -269,6 +271,17 @@ class Started:
             self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
         if isinstance(error, NonFinite) and self.session is not None:
             raise self._explained(self.session, error) from error
+
+    def _rescue(self, s: Session, error: Exception) -> None:
+        """Save what was trained before data, a metric or a function of the user's failed between two steps."""
+        step = s.state.progress.step
+        if not s.between_steps or step in (0, s.saved_step):
+            return
+        try:
+            save(s, interim=True)
+            self.console.note(f"saved at step {step}, before the error")
+        except (UserError, NonFinite) as second:
+            error.add_note(f"nor could step {step} be saved: {second}")
 
     def _explained(self, s: Session, error: NonFinite) -> UserError:
         """Find the culprit; where it was noticed late, by running the steps since the last checkpoint again.

@@ -106,6 +106,7 @@ class Session:
     saved_step: int = -1
     deferred: bool = False  # losses are read at the edges only, to let a device run ahead
     last: tuple[int, int, int] = (0, 0, 0)  # step, epoch and batch of the step that was taken last
+    between_steps: bool = True  # the state is that of a completed step: whatever fails now, it can be saved
     _pending: list["Tally"] = field(default_factory=list)
     _clock: tuple[float, int] = (0.0, 0)
 
@@ -157,6 +158,7 @@ def train(s: Session) -> Session:
     while not progress.finished and not s.interrupts.requested:
         began = progress.step
         for batch, last in s.feed.epoch(progress.epoch, progress.batch):
+            s.between_steps = False
             seed_all(fold(s.seed, STEP, progress.step))
             for live in state.objectives:
                 if live.needs_closure:  # LBFGS calls forward and backward as often as it likes
@@ -252,6 +254,7 @@ def finish_step(s: Session, last: bool) -> None:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         for live in state.objectives:
             live.carry = None
+    s.between_steps = True
     for function in s.on_step:
         function(progress, s.metrics)
 

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from stoker.data.seeding import SAMPLE, fold
 from tests.laws.runs import assert_same, is_finished, run, run_killed
 
 HARD = Path(__file__).with_name("hard.py")
@@ -79,3 +81,43 @@ def test_a_signal_at_every_step_changes_nothing(tmp_path: Path) -> None:
     assert_same(tmp_path / "whole", tmp_path / "stopped")
     listings = [sorted(p.name for p in (tmp_path / run / "checkpoints").iterdir()) for run in ("whole", "stopped")]
     assert listings[0] == listings[1]
+
+
+@pytest.mark.parametrize("broken", ["data", "metric"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_between_steps_loses_no_step(tmp_path: Path, broken: str, workers: int) -> None:
+    """A sample that cannot be read at step 29, a metric that fails after step 36: what came before is saved."""
+    import stoker
+    from stoker.checkpoint.store import Store
+    from stoker.source import load_source
+
+    def recipe(fails: bool) -> stoker.Recipe:
+        made = load_source(str(HARD)).recipe({"sampling": "shuffled"})
+        data, output_of = made.train.dataset, made.metrics["accuracy"]
+        bad = made.train.batches(3, 2)[4][1]
+
+        class Broken(type(data)):
+            def __getitem__(self, index: int) -> object:
+                if fails and broken == "data" and torch.initial_seed() == fold(3, SAMPLE, 2, bad):
+                    raise OSError("the disk is gone")
+                return super().__getitem__(index)
+
+        def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            calls.append(len(target))
+            if fails and broken == "metric" and len(calls) > 8:
+                raise ValueError("no such class")
+            return output_of(output, target)
+
+        calls: list[int] = []
+        data.__class__ = Broken
+        made.metrics = {"accuracy": accuracy}
+        return made
+
+    options = {"epochs": 5, "seed": 3, "quiet": True, "log_every": 4, "workers": workers}
+    stoker.fit(recipe(False), out=tmp_path / "whole", **options)
+    with pytest.raises(Exception, match=r"the disk is gone|no such class"):
+        stoker.fit(recipe(True), out=tmp_path / "failed", **options)
+    latest = Store(tmp_path / "failed" / "checkpoints").latest()
+    assert latest is not None and latest.name.startswith(f"step-000000{28 if broken == 'data' else 36}")
+    stoker.fit(recipe(False), out=tmp_path / "failed", **options)
+    assert_same(tmp_path / "whole", tmp_path / "failed")
