@@ -22,7 +22,7 @@ from stoker.interrupts import Interrupts
 from stoker.recipe import Recipe, unpack
 from stoker.run import Identity, RunDir
 from stoker.start import Run, rebuild, require_identity
-from stoker.state import load_by_name
+from stoker.state import load_by_name, load_transient
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Modul
         model = recipe.build_model()
     weights = checkpoint.ema if checkpoint.ema is not None else checkpoint.model
     load_by_name(model, {**weights, **checkpoint.state["model_extra"]}, "model")
+    load_transient(model, checkpoint.state["transient"])
     for name, tensors in checkpoint.state["losses"].items():
         loss = (recipe.objectives or {})[name].loss
         assert isinstance(loss, nn.Module)  # only those have tensors in a checkpoint

@@ -129,8 +129,12 @@ class TrainState:
         averaged: list[torch.Tensor] = list(ema.parameters())
         current: list[torch.Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.ema_decay)
-        for ours, theirs in zip(ema.buffers(), self.model.buffers(), strict=True):
-            ours.copy_(theirs)
+        ours, theirs = list(ema.buffers()), list(self.model.buffers())
+        if [b.shape for b in ours] != [b.shape for b in theirs]:  # a forward pass made one, or made one larger
+            load_transient(ema, transient(self.model))
+            ours = list(ema.buffers())
+        for our, their in zip(ours, theirs, strict=True):
+            our.copy_(their)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -151,6 +155,7 @@ class TrainState:
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "carry": {o.name: o.carry for o in self.objectives},
+            "transient": transient(self.model),
             "model_extra": {k: v for k, v in self.model.state_dict().items() if not isinstance(v, torch.Tensor)},
         }
 
@@ -194,6 +199,7 @@ class TrainState:
             UserError: names or shapes differ from this recipe's; nothing of it is then to be trusted.
         """
         load_by_name(self.model, {**model, **tree["model_extra"]}, "model")
+        load_transient(self.model, tree["transient"])
         if (ema is None) != (self.ema is None):
             raise UserError(
                 f"the checkpoint has {'no' if ema is None else 'an'} average of the weights, the recipe "
@@ -202,6 +208,7 @@ class TrainState:
             )
         if self.ema is not None and ema is not None:
             load_by_name(self.ema, {**ema, **tree["model_extra"]}, "average")
+            load_transient(self.ema, tree["transient"])
         _explain_names("objectives", set(tree["objectives"]), {o.name for o in self.objectives})
         for live in self.objectives:
             saved = tree["objectives"][live.name]
@@ -222,6 +229,20 @@ class TrainState:
         progress = dict(tree["progress"])
         progress["best"] = [(value, step) for value, step in progress["best"]]
         self.progress = Progress(**progress)
+
+
+def transient(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that a module leaves out of its state dict. A step may change them, so they are part of the state."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in kept}
+
+
+def load_transient(module: nn.Module, buffers: Tensors) -> None:
+    """Put such buffers back, also those that only a forward pass makes, or makes larger."""
+    device = next(module.parameters()).device
+    for name, tensor in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_buffer(leaf, tensor.to(device, copy=True), persistent=False)
 
 
 def _to(tree: Any, device: torch.device) -> Any:

@@ -295,3 +295,29 @@ def test_average_of_the_weights_and_loss_with_weights(tmp_path: Path) -> None:
     compare(lambda: recipe_with(loss=Scaled(), ema=0.8, optimizer=OPTIMIZERS["Adam"]), tmp_path)
     names = final(tmp_path / "whole")["tensors"]
     assert any("scale" in name for name in names)
+
+
+class Drifting(nn.Module):
+    """Changes a buffer that its state dict leaves out, and makes another one only as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(X.shape[1], 3))
+        self.inner.register_buffer("drift", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.inner.drift += 0.1
+            before = getattr(self, "seen", torch.zeros(0))
+            self.register_buffer("seen", torch.cat([before, x[:1, 0]]), persistent=False)
+        return self.inner(x) * (1 + self.inner.drift + self.seen.sum())
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_buffers_that_the_state_dict_leaves_out(tmp_path: Path, ema: float | None) -> None:
+    def make() -> stoker.Recipe:
+        return recipe_with(model=Drifting, optimizer=OPTIMIZERS["Adam"], ema=ema, val=stoker.Loader((X, Y)))
+
+    run = compare(make, tmp_path)
+    assert len(run.model.seen) == run.step
+    assert stoker.load(run, make(), which="latest").seen.equal(run.model.seen)
