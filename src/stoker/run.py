@@ -138,7 +138,6 @@ class RunDir:
         self._events: FileIO | None = None  # unbuffered: what cannot be written is not tried again when it is closed
         self._saved_at = time.monotonic()
         self._save_s = 0.05  # assumed until the first save is measured
-        self._logged_epoch = 0
 
     def hold(self) -> None:
         """Make the folder and keep other processes out of it until this one ends."""

@@ -385,10 +385,15 @@ def identify(recipe: Recipe, plan: Plan, limits: Limits, seed: int, keep: int) -
 def take_over(started: Started, limits: Limits) -> Checkpoint | None:
     """Load the newest checkpoint that verifies, saying which newer ones did not."""
     checkpoint, complaints = started.folder.store.newest_good()
+    if complaints and checkpoint is None:
+        folder = started.folder.store.folder
+        raise UserError(
+            "no checkpoint of the run is good",
+            why="\n          ".join(complaints),
+            remedy=f"mend them, or begin anew: another --out, or move {folder} away (it is left as it is)",
+        )
     for complaint in complaints:
         started.console.note(f"skipped a damaged checkpoint: {complaint}")
-    if complaints and checkpoint is None:
-        started.console.note("no good checkpoint is left: the run begins anew")
     if checkpoint is not None:
         state = started.state
         state.load(checkpoint.model, checkpoint.ema, checkpoint.state)

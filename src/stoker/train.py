@@ -296,7 +296,6 @@ def at_edge(s: Session) -> None:
             values = evaluate(s.state.evaluated, s.recipe, s.strategy, s.val_feed, "val", s.seed, s.interrupts)
             if values is None:  # a signal came: the evaluation is repeated after the resume
                 return
-            progress.evaluated_step = progress.step
             judged, improved = True, judge(s, values)
     progress.finished = progress.finished or limit
     every = limits.checkpoint_every
@@ -335,20 +334,21 @@ def tell(s: Session, values: Mapping[str, Any]) -> None:
 
 def judge(s: Session, values: Mapping[str, Any]) -> bool:
     """Log an evaluation and draw its consequences; return whether it is one of the best so far."""
-    progress, recipe = s.state.progress, s.recipe
+    progress, recipe, stop = s.state.progress, s.recipe, s.recipe.early_stop
+    value = scalar(values, recipe.best)  # both before anything is logged: they may not be there
+    stop_value = scalar(values, stop.metric) if stop is not None else 0.0
     tell(s, values)
+    progress.evaluated_step = progress.step
     for live in s.state.objectives:
         if isinstance(live.scheduler, ReduceLROnPlateau):
-            live.scheduler.step(scalar(values, recipe.best))
+            live.scheduler.step(value)
     sign = 1 if recipe.best_mode == "min" else -1
-    value = scalar(values, recipe.best)
     ranked = sorted([*progress.best, (value, progress.step)], key=lambda entry: (sign * entry[0], entry[1]))
     progress.best = [entry for entry in ranked if not math.isnan(entry[0])][: max(s.limits.keep_best, 1)]
-    stop = recipe.early_stop
     if stop is not None:
-        value, sign = scalar(values, stop.metric), 1 if stop.mode == "min" else -1
-        if progress.stop_best is None or sign * value < sign * progress.stop_best - stop.min_delta:
-            progress.stop_best, progress.stop_waited = value, 0
+        sign = 1 if stop.mode == "min" else -1
+        if progress.stop_best is None or sign * stop_value < sign * progress.stop_best - stop.min_delta:
+            progress.stop_best, progress.stop_waited = stop_value, 0
         else:
             progress.stop_waited += 1
             if progress.stop_waited >= stop.patience:

@@ -376,6 +376,10 @@ def test_every_checkpoint_damaged_loses_none_silently(file: Path) -> None:
         (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         stoker.load(run.dir)
+    before = sorted(p.name for p in (run.dir / "checkpoints").iterdir())
+    with pytest.raises(UserError, match="no checkpoint of the run is good"):
+        fit(file)
+    assert sorted(p.name for p in (run.dir / "checkpoints").iterdir()) == before
 
 
 def test_tied_weights_under_each_name(file: Path) -> None:

@@ -21,15 +21,15 @@ def command(out: Path, *extra: object) -> list[object]:
 
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_sigkill_at_twenty_random_moments(tmp_path: Path, workers: int) -> None:
-    extra = ["sleep_s=0.002", "--workers", workers, "--checkpoint-every", 5, "--epochs", 12]
+    extra = ["sleep_s=0.002", "--workers", workers, "--checkpoint-every", 5, "--epochs", 24]
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     began_s = time.monotonic()
     assert run(command(whole, *extra), log) == 0
     took_s = time.monotonic() - began_s
     moments, deaths = random.Random(workers), 0
     while deaths < 20 and not (killed.exists() and is_finished(killed)):
-        deaths += run_killed(command(killed, *extra), log, moments.uniform(0.02, took_s / 6)) == -signal.SIGKILL
-    assert deaths >= 5, "the run was over before it could be killed"
+        deaths += run_killed(command(killed, *extra), log, moments.uniform(0.05, 0.05 + took_s / 16)) == -signal.SIGKILL
+    assert deaths == 20, "the run was over before it could be killed twenty times"
     assert run(command(killed, *extra), log) == 0
     assert_same(whole, killed)
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == sorted(
@@ -120,4 +120,19 @@ def test_an_error_between_steps_loses_no_step(tmp_path: Path, broken: str, worke
     latest = Store(tmp_path / "failed" / "checkpoints").latest()
     assert latest is not None and latest.name.startswith(f"step-000000{28 if broken == 'data' else 36}")
     stoker.fit(recipe(False), out=tmp_path / "failed", **options)
+    assert_same(tmp_path / "whole", tmp_path / "failed")
+
+
+def test_an_evaluation_that_cannot_be_judged_is_repeated(tmp_path: Path) -> None:
+    """`best` names no value: nothing of the evaluation is logged, and with the name mended it happens once."""
+    import stoker
+    from stoker.source import load_source
+
+    options = {"epochs": 2, "seed": 3, "quiet": True, "log_every": 4}
+    stoker.fit(load_source(str(HARD)).recipe({}), out=tmp_path / "whole", **options)
+    wrong = load_source(str(HARD)).recipe({})
+    wrong.best = "val/los"
+    with pytest.raises(stoker.UserError, match=r"no value 'val/los'.*did you mean val/loss"):
+        stoker.fit(wrong, out=tmp_path / "failed", **options)
+    stoker.fit(load_source(str(HARD)).recipe({}), out=tmp_path / "failed", **options)
     assert_same(tmp_path / "whole", tmp_path / "failed")
