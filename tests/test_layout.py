@@ -38,6 +38,9 @@ FORBIDDEN = {
     "watch": ROOM | {"plan", "devices"},
     "plan": UP | {"watch"},
     "train": UP | {"plan", "watch", "checkpoint"},
+    "checks": UP | {"watch"},
+    "rehearse": UP | {"watch", "checkpoint"},
+    "doctor": UP | {"watch", "checkpoint"},
     "tune": {"cli"},
     "cli": set[str](),
     "__init__": set[str](),
@@ -153,7 +156,11 @@ def test_public_definitions_have_docstrings(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_no_file_is_a_program(file: Path) -> None:
     """Law 5: nothing that stoker reads is executed."""
+    # Between this process and the workers it forked, and inside one process's memory: never in a file.
+    in_memory = {"data/packing.py", "data/pool.py", "data/regions.py"}
     unpicklers = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    if name_of(file) in in_memory:
+        unpicklers -= {"pickle"}
     assert [name for name, _ in imported(file) if name.split(".")[0] in unpicklers] == []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from stoker import data
     from stoker.data.loader import Loader
     from stoker.errors import UserError
     from stoker.infer import load
@@ -42,6 +43,7 @@ __all__ = [
     "UserError",
     "constant",
     "cosine",
+    "data",
     "fit",
     "linear",
     "load",
@@ -52,6 +54,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import torch only when something is used, so that `stoker --help` answers at once."""
+    if name == "data":
+        return import_module("stoker.data")
     if name not in _HOME:
         raise AttributeError(f"module 'stoker' has no attribute {name!r}")
     value = getattr(import_module(f"stoker.{_HOME[name]}"), name)

@@ -2,12 +2,13 @@
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 _SOURCE = str(Path(__file__).parent)
 _LIBRARIES = (str(Path(traceback.__file__).parent), "site-packages", "dist-packages", "<frozen")
 
 # Where stoker calls the recipe's own model, loss, step, optimizer and metrics.
-_BOUNDARIES = {"forward_backward", "score_batch", "build_model", "_live", "outputs", "epoch"}
+_BOUNDARIES = {"forward_backward", "score_batch", "build_model", "_live", "outputs", "join", "_get", "_advance"}
 
 
 class UserError(Exception):
@@ -20,6 +21,9 @@ class UserError(Exception):
         super().__init__(what, why, remedy)
         self.what, self.why, self.remedy = what, why, remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:  # by position: what BaseException would do loses `why` and `remedy`
+        return _user_error, (self.what, self.why, self.remedy)
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.why:
@@ -27,6 +31,10 @@ class UserError(Exception):
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
         return "\n".join(lines)
+
+
+def _user_error(what: str, why: str, remedy: str) -> UserError:
+    return UserError(what, why=why, remedy=remedy)
 
 
 def nearest(word: str, valid: list[str]) -> str:

@@ -117,7 +117,11 @@ def evaluate(
     finally:
         for module, mode in modes:
             module.training = mode
-    return scores.compute(split)
+    values = scores.compute(split)
+    if feed.skipped:
+        values[f"{split}/skipped_samples"] = len(feed.skipped)
+        feed.skipped.clear()
+    return values
 
 
 def score_batch(model: nn.Module, recipe: Recipe, batch: Any, scores: Scores, carry: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from stoker.checkpoint.store import Checkpoint, Damaged, read
 from stoker.data.batch import num_rows
 from stoker.data.feeds import Feed
+from stoker.data.kept import restoring
 from stoker.data.loader import Loader, check_source, open_feed
 from stoker.data.seeding import EVALUATION, fold, isolated, seed_all, seed_all_plainly
 from stoker.devices.strategy import Single, find_device
@@ -118,7 +119,8 @@ def open_run(run: str | Path, which: str = "best", device: str | None = None) ->
     folder = RunDir(Path(run))
     identity = require_identity(folder)
     checkpoint = find_checkpoint(folder, None if which in ("best", "latest") else Path(which), which)
-    recipe = rebuild(folder, identity)
+    with restoring(checkpoint.state["fitted"]):
+        recipe = rebuild(folder, identity)
     strategy = Single(find_device(device), identity.precision)
     model = restore_model(recipe, checkpoint, identity.seed).to(strategy.device)
     recipe.place_losses(strategy.device)
@@ -141,7 +143,8 @@ def load(run: Run | str | Path, recipe: Recipe | None = None, *, which: str = "b
     folder = RunDir(path.resolve().parent.parent if given is not None else path)
     identity = require_identity(folder)
     checkpoint = find_checkpoint(folder, path if given is not None else None, which)
-    return restore_model(recipe or rebuild(folder, identity), checkpoint, identity.seed)
+    with restoring(checkpoint.state["fitted"]):
+        return restore_model(recipe or rebuild(folder, identity), checkpoint, identity.seed)
 
 
 def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Module:

@@ -21,6 +21,7 @@ class Plan:
         precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a loss scaler).
         microbatch: samples per forward pass, None for the whole batch. Gradients accumulate as sums over counts.
         workers: processes that read samples; 0 reads in this process.
+        measure_workers: whether their number is chosen by measuring, before the first step.
         compile: whether the model's forward is compiled.
         notes: what the reader of the plan should know.
     """
@@ -31,6 +32,7 @@ class Plan:
     precision: str = "fp32"
     microbatch: int | None = None
     workers: int = 0
+    measure_workers: bool = False
     compile: bool = False
     notes: tuple[str, ...] = ()
 
@@ -55,7 +57,7 @@ def make_plan(
     strategy: str = "single",
     precision: str = "fp32",
     microbatch: int | None = None,
-    workers: int | None = None,
+    workers: int | str | None = None,
     compile: bool = False,
 ) -> Plan:
     """Complete a plan for the data `train`.
@@ -73,25 +75,37 @@ def make_plan(
         raise UserError(f"no precision {precision!r}", remedy=f"--precision {', '.join(PRECISIONS)}")
     if microbatch is not None and microbatch < 1:
         raise UserError(f"microbatch must be at least 1, got {microbatch}")
-    if workers is not None and workers < 0:
-        raise UserError(f"workers must not be negative, got {workers}")
-    notes = []
-    if workers and isinstance(train, Loader) and train.columns is not None:
-        notes.append("workers 0: the data are tensors in memory, fetched a batch at a time")
-        workers = 0
-    if workers and isinstance(train, Loader) and train.iterable:
-        notes.append("workers 0: an iterable dataset is read in the main process, so that its order is exact")
-        workers = 0
+    count, notes = workers_for(train, workers)
     if compile:
         notes.append("compiled kernels agree with eager ones to rounding, not to the bit")
     return Plan(
         str(find_device(device)),
         precision=precision,
         microbatch=microbatch,
-        workers=workers or 0,
+        workers=count or 0,
+        measure_workers=count is None,
         compile=compile,
         notes=tuple(notes),
     )
+
+
+def workers_for(train: Any, asked: int | str | None) -> tuple[int | None, list[str]]:
+    """Number of workers that the data have use for, and what there is to say; None: it has to be measured."""
+    try:
+        number = None if asked == "auto" else int(asked or 0)
+    except ValueError:
+        raise UserError(f"workers={asked!r}", remedy="--workers N or --workers auto") from None
+    if number is not None and number < 0:
+        raise UserError(f"workers must not be negative, got {number}")
+    if number == 0 or not isinstance(train, Loader):
+        return 0, []
+    if train.columns is not None:
+        return 0, ["workers 0: the data are tensors in memory, fetched a batch at a time"]
+    if train.iterable and (number is None or number > train.lanes):
+        lanes = f"{train.lanes} lanes of a stream" if train.lanes > 1 else "a stream"
+        more = "" if train.lanes > 1 else "; data in shards can be read by more: Loader(lanes=N)"
+        return train.lanes, [f"workers {train.lanes}: {lanes} in the background{more}"]
+    return number, []
 
 
 def partition_notes(model: torch.nn.Module, plan: Plan, batch_size: int | None) -> tuple[str, ...]:

@@ -9,14 +9,24 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 
 from stoker.checkpoint.store import Checkpoint
-from stoker.data.loader import Loader, check_source, epoch_batches, open_feed, sample_ids
+from stoker.checks import (
+    check_limits,
+    global_batch_size,
+    refuse_changes,
+    refuse_other_classes,
+    refuse_split_carry,
+    split_notes,
+)
+from stoker.data.loader import Loader, epoch_batches, open_feed, sample_ids
 from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
 from stoker.interrupts import Interrupts
 from stoker.plan import Plan, make_plan, partition_notes
+from stoker.probes.labels import explain_labels
 from stoker.probes.nonfinite import explain
 from stoker.recipe import Recipe
+from stoker.rehearse import settle_workers
 from stoker.run import Identity, RunDir, fresh_dir, identity_of
 from stoker.source import load_source
 from stoker.state import Progress, TrainState
@@ -32,7 +42,7 @@ class PlanOptions(TypedDict, total=False):
     strategy: str
     precision: str
     microbatch: int | None
-    workers: int | None
+    workers: int | str | None
     compile: bool
 
 
@@ -220,20 +230,22 @@ class Started:
         seed: int,
         saved_step: int,
         on_step: Sequence[Observer],
+        force: bool,
     ) -> None:
         """Open the data and make the session that the loop works on."""
         size = global_batch_size(recipe)
         val_size = (recipe.val.batch_size if isinstance(recipe.val, Loader) else None) or size or 64
-        source = {"workers": self.plan.workers, "pin_memory": strategy.device.type == "cuda"}
-        val = None
+        workers = self.plan.workers
+        train_feed, val = open_feed(recipe.train, seed, batch_size=size, workers=workers), None
+        train_feed.restore(self.state.stream, force=force)
         if recipe.val is not None:
-            val = open_feed(recipe.val, seed, batch_size=val_size, evaluation=True, **source)
+            val = open_feed(recipe.val, seed, batch_size=val_size, workers=workers, evaluation=True)
         self.session = Session(
             recipe=recipe,
             state=self.state,
             model=strategy.prepare(self.state.model),
             strategy=strategy,
-            feed=open_feed(recipe.train, seed, batch_size=size, **source),
+            feed=train_feed,
             val_feed=val,
             seed=seed,
             microbatch=self.plan.microbatch,
@@ -242,6 +254,7 @@ class Started:
             interrupts=Interrupts(),
             observers=[self.console.observe],
             on_step=on_step,
+            warn=self.console.note,
             metrics=self.metrics,
             saved_step=saved_step,
             deferred=strategy.device.type != "cpu",
@@ -271,6 +284,10 @@ class Started:
             self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
         if isinstance(error, NonFinite) and self.session is not None:
             raise self._explained(self.session, error) from error
+        if isinstance(error, IndexError | RuntimeError) and self.session is not None:
+            explanation = explain_labels(self.session)
+            if explanation is not None:
+                raise explanation from error
 
     def _rescue(self, s: Session, error: Exception) -> None:
         """Save what was trained before data, a metric or a function of the user's failed between two steps."""
@@ -336,6 +353,7 @@ def start(
 ) -> Started:
     """Check everything that can be checked, build the state, and take over a checkpoint if the folder has one."""
     check_limits(recipe, limits)
+    refuse_other_classes(recipe)
     path = Path(out) if out is not None else fresh_dir(recipe.origin.name)
     folder = RunDir(path, keep=keep, keep_best=limits.keep_best)
     identity = identify(recipe, plan, limits, seed, keep)
@@ -347,13 +365,18 @@ def start(
         strategy = plan.open()
         state = build_state(recipe, strategy, limits, seed)
         refuse_split_carry(recipe, plan)
-        plan = replace(plan, notes=plan.notes + partition_notes(state.model, plan, global_batch_size(recipe)))
+        plan = replace(
+            plan, notes=plan.notes + split_notes(recipe) + partition_notes(state.model, plan, global_batch_size(recipe))
+        )
         started = Started(folder, console_for(quiet), plan, state)
         checkpoint = take_over(started, limits)
         if not state.progress.finished:
+            started.plan = plan = settle_workers(plan, recipe, state.model, strategy, seed)
             folder.write_identity(identity, plan)
             folder.open_events(checkpoint.state["events_bytes"] if checkpoint is not None else 0)
-            started.open(recipe, strategy, limits, seed, checkpoint.step if checkpoint is not None else -1, on_step)
+            started.open(
+                recipe, strategy, limits, seed, checkpoint.step if checkpoint is not None else -1, on_step, force
+            )
         return started
     except BaseException:
         folder.close()
@@ -376,7 +399,7 @@ def identify(recipe: Recipe, plan: Plan, limits: Limits, seed: int, keep: int) -
             "keep": keep,
             "keep_best": limits.keep_best,
             "microbatch": plan.microbatch,
-            "workers": plan.workers,
+            "workers": "auto" if plan.measure_workers else plan.workers,
             "compile": plan.compile,
         },
     )
@@ -403,27 +426,6 @@ def take_over(started: Started, limits: Limits) -> Checkpoint | None:
     return checkpoint
 
 
-def refuse_split_carry(recipe: Recipe, plan: Plan) -> None:
-    """Refuse microbatches where a step carries state: which rows of it belong to which part is the step's secret.
-
-    Raises:
-        UserError: naming the objective.
-    """
-    size = global_batch_size(recipe)
-    carrying = [name for name, objective in (recipe.objectives or {}).items() if objective.takes_carry]
-    if carrying and plan.microbatch is not None and (size is None or plan.microbatch < size):
-        raise UserError(
-            f"--microbatch {plan.microbatch} cannot split the batches of objective {carrying[0]!r}",
-            why="its step carries state from batch to batch, whose rows stoker cannot tell apart",
-            remedy="leave out --microbatch, or lower the batch size",
-        )
-
-
-def global_batch_size(recipe: Recipe) -> int | None:
-    """Batch size of the training data; None where there are no batches, or a batch sampler decides."""
-    return recipe.train.batch_size if isinstance(recipe.train, Loader) else None
-
-
 def build_state(recipe: Recipe, strategy: Strategy, limits: Limits, seed: int) -> TrainState:
     """Model, optimizers and schedules as they are before the first step."""
     seed_all_plainly(seed)
@@ -440,43 +442,3 @@ def beyond(progress: Progress, limits: Limits) -> bool:
     more_epochs = limits.epochs is None or progress.epoch < limits.epochs
     more_steps = limits.steps is None or progress.step < limits.steps
     return more_epochs and more_steps
-
-
-def check_limits(recipe: Recipe, limits: Limits) -> None:
-    """Refuse a run that would not end, and data that cannot be used.
-
-    Raises:
-        UserError: with the recipe's field or the option that is wrong.
-    """
-    if limits.epochs is None and limits.steps is None:
-        raise UserError("for how long?", remedy="--epochs N or --steps N")
-    for name in ("epochs", "steps", "eval_every", "checkpoint_every", "log_every"):
-        value = getattr(limits, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    check_source(recipe.train, "train", batch_size=global_batch_size(recipe))
-    for name in ("val", "test"):
-        if getattr(recipe, name) is not None:
-            check_source(getattr(recipe, name), name)
-
-
-def refuse_changes(folder: RunDir, now: Identity, then: Identity, force: bool) -> None:
-    """Compare a run with what it began with.
-
-    Raises:
-        UserError: they differ in what changes the result, and `force` is not given.
-    """
-    differences = now.differences(then)
-    if not differences or force:
-        return
-    other = now.recipe != then.recipe or now.function != then.function
-    raise UserError(
-        f"{folder.path} holds a run of {'another recipe' if other else 'this recipe that began differently'}",
-        why="\n          ".join(differences),
-        remedy=(
-            "choose another --out, or"
-            if other
-            else f"`stoker resume {folder.path}` with the source put back goes on as it began;"
-        )
-        + " --force goes on with what is given now (weights and optimizer state are kept)",
-    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stoker.data.kept import explain_fitted, states_of
 from stoker.errors import UserError, nearest
 from stoker.recipe import Objective, Recipe, num_required
 
@@ -23,6 +24,8 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # in the current epoch
     skipped_steps: int = 0  # by the fp16 loss scaler
+    skipped_samples: int = 0  # that could not be read,
+    skipped_first: list[str] = field(default_factory=list)  # and what the first of them were
     evaluated_step: int = -1  # the last step whose evaluation is complete
     best: list[tuple[float, int]] = field(default_factory=list)  # (value, step), best first
     stop_best: float | None = None  # early stopping: the value to beat,
@@ -80,6 +83,10 @@ class TrainState:
         self.parameters = list(self.names)
         self.ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema is not None else None
         self.ema_decay = recipe.ema or 0.0
+        self.fitted = states_of(
+            [getattr(source, "dataset", None) for source in (recipe.train, recipe.val, recipe.test)]
+        )
+        self.stream: Any = None  # where iterable training data stand: see Feed.state
 
     def _live(self, name: str, spec: Objective, total_steps: int | None, single: bool) -> Live:
         default = [p for p in self.model.parameters() if p.requires_grad]
@@ -154,6 +161,8 @@ class TrainState:
             },
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "fitted": self.fitted,
+            "stream": self.stream,
             "carry": {o.name: o.carry for o in self.objectives},
             "transient": transient(self.model),
             "model_extra": {k: v for k, v in self.model.state_dict().items() if not isinstance(v, torch.Tensor)},
@@ -226,6 +235,8 @@ class TrainState:
         device = next(self.model.parameters()).device
         for live in self.objectives:
             live.carry = _to(tree["carry"][live.name], device)
+        explain_fitted(tree["fitted"], self.fitted)
+        self.stream = tree["stream"]
         progress = dict(tree["progress"])
         progress["best"] = [(value, step) for value, step in progress["best"]]
         self.progress = Progress(**progress)

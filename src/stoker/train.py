@@ -23,6 +23,8 @@ from stoker.losses import Mean, Shares, add_result, terms
 from stoker.recipe import Recipe, unpack
 from stoker.state import Live, Progress, TrainState
 
+_SKIPPED_NAMED = 8  # samples that could not be read, of which the end of the run tells
+
 Observer = Callable[[Progress, Mapping[str, Any]], None]
 
 
@@ -102,6 +104,7 @@ class Session:
     interrupts: Interrupts
     observers: Sequence[Observer] = ()
     on_step: Sequence[Observer] = ()
+    warn: Callable[[str], None] = print
     metrics: dict[str, Any] = field(default_factory=dict)
     saved_step: int = -1
     deferred: bool = False  # losses are read at the edges only, to let a device run ahead
@@ -247,6 +250,8 @@ def finish_step(s: Session, last: bool) -> None:
         progress.skipped_steps += state.scaler.get_scale() < before
     if state.ema is not None:
         state.average(state.ema)
+    if s.feed.skipped:
+        count_skipped(s)
     s.last = progress.step, progress.epoch, progress.batch
     progress.step += 1
     progress.batch += 1
@@ -257,6 +262,16 @@ def finish_step(s: Session, last: bool) -> None:
     s.between_steps = True
     for function in s.on_step:
         function(progress, s.metrics)
+
+
+def count_skipped(s: Session) -> None:
+    """Count the samples that were left out of the batches so far, saying which the first of the run was."""
+    progress, skipped = s.state.progress, s.feed.skipped
+    if not progress.skipped_samples:
+        s.warn(f"left out {skipped[0]}; further ones are counted")
+    progress.skipped_samples += len(skipped)
+    progress.skipped_first += [str(sample) for sample in skipped[: _SKIPPED_NAMED - len(progress.skipped_first)]]
+    skipped.clear()
 
 
 def at_limit(s: Session) -> str | None:
@@ -313,6 +328,8 @@ def log_window(s: Session) -> None:
     values: dict[str, Any] = {name: total / counts[name] for name, total in progress.window_sum.items() if counts[name]}
     for live in s.state.objectives:
         values[live.prefix + "lr"] = live.learning_rate
+    if progress.skipped_samples:
+        values["train/skipped_samples"] = progress.skipped_samples
     if s.state.scaler is not None:
         values["train/skipped_steps"] = progress.skipped_steps
     progress.window_sum, progress.window_count = {}, {}
@@ -385,6 +402,7 @@ def save(s: Session, *, interim: bool = False) -> None:
                 f"{path} still holds the graph of its batch",
                 remedy='return {"carry": state.detach()} from step',
             )
+    s.state.stream = s.feed.state() if progress.batch else None
     s.record.save(s.state, s.metrics, interim=interim)
     s.saved_step = progress.step
 

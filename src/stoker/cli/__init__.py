@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stoker import __version__
+from stoker.cli.doctor import doctor
 from stoker.cli.evaluate import evaluate, predict
 from stoker.cli.lr import lr
 from stoker.cli.show import show
@@ -27,7 +28,7 @@ def cli() -> None:
     """Train PyTorch models: a run is a pure function of its recipe, its arguments and its seed."""
 
 
-for command in (train, resume, show, evaluate, predict, lr):
+for command in (train, resume, show, evaluate, predict, lr, doctor):
     cli.add_command(command)
 
 

@@ -39,7 +39,7 @@ def run_options(function: Decorated) -> Decorated:
             metavar="N",
             help="Samples per forward pass; gradients accumulate exactly.",
         ),
-        click.option("--workers", type=int, metavar="N", help="Processes that read samples."),
+        click.option("--workers", metavar="N|auto", help="Processes that read samples; auto measures."),
         click.option("--compile", is_flag=True, default=None, help="Compile the model."),
         click.option("--quiet", is_flag=True, default=None, help="No progress, no summary."),
         click.option(

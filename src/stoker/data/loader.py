@@ -1,13 +1,14 @@
 """Loader: what the recipe says about data. Feed: how a run draws batches from it, starting at any step."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from stoker.data.feeds import Feed, IterableFeed, SampleFeed, TensorFeed, WholeFeed, WorkerFeed
+from stoker.data.batching import Bucketed, Sharded, balanced
+from stoker.data.columns import Columns, columns_of
+from stoker.data.feeds import Feed, SampleFeed, TensorFeed, WholeFeed, WorkerFeed
 from stoker.data.order import (
     Batches,
     Chunked,
@@ -21,15 +22,22 @@ from stoker.data.order import (
     order_of_sampler,
     weighted,
 )
-from stoker.errors import UserError
+from stoker.data.reader import OnError, Reader
+from stoker.data.stream import StreamFeed
+from stoker.errors import UserError, nearest
 
 
-class Sized(Protocol):
-    """A map-style dataset."""
+class Augmented:
+    """A data set and a function that changes its samples as they are read."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, dataset: Any, augment: Callable[[Any], Any]) -> None:
+        self.dataset, self.augment = dataset, augment
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.augment(self.dataset[index])
 
 
 class Loader:
@@ -40,11 +48,21 @@ class Loader:
             tensor, a tuple or a dict of them with one length): those are fetched a batch at a time.
         batch_size: samples per optimizer step over all devices. A `val` or `test` loader takes the train loader's.
         shuffle: a fresh permutation every epoch, a function of (seed, epoch).
+        lengths: one number per sample, or True for the data set's own `lengths`: batches are made of samples of
+            similar length, which saves padding. With `shuffle`, of samples that are near one another in its order.
         weights: one number per sample: draw len(dataset) samples with replacement in proportion to them.
+        balance: one label per sample, or True for the data set's own `targets`: likewise, every class equally often.
         sampler: any torch Sampler or iterable of indices. Run once an epoch, its generators keyed by (seed, epoch).
         batch_sampler: likewise, yielding lists of indices; then `batch_size` and `drop_last` are its own.
         drop_last: leave out an epoch's last batch where it is smaller than the others.
-        collate: list of samples -> batch (default: torch's default_collate).
+        collate: list of samples -> batch (default: the data set's own `collate`, else as torch's default_collate).
+        augment: sample -> sample, applied to each as it is read, after the cache.
+        cache: keep decoded samples, in "memory" (shared by all workers) or on "disk". What draws random numbers is
+            done anew every time; files or code that change are noticed.
+        on_error: "raise", or "skip" samples that cannot be read: they are counted, logged and reported.
+        timeout_s: how long a worker may take over one sample before it is said to hang.
+        lanes: for iterable data in shards (`num_shards`, `shard(num_shards=, index=)`): how many groups of shards are
+            read side by side, each batch taking an equal part of every group that has samples left.
 
     Raises:
         UserError: the arguments contradict one another, or do not fit the dataset.
@@ -56,57 +74,105 @@ class Loader:
         batch_size: int | None = None,
         *,
         shuffle: bool = False,
+        lengths: Any = None,
         weights: Any = None,
+        balance: Any = None,
         sampler: Iterable[Any] | None = None,
         batch_sampler: Iterable[Any] | None = None,
         drop_last: bool = False,
         collate: Callable[[list[Any]], Any] | None = None,
+        augment: Callable[[Any], Any] | None = None,
+        cache: Literal["memory", "disk"] | None = None,
+        on_error: OnError = "raise",
+        timeout_s: float = 60.0,
+        lanes: int = 1,
     ) -> None:
-        given = [
-            name
-            for name, value in {
-                "shuffle": shuffle,
-                "weights": weights is not None,
-                "sampler": sampler is not None,
-                "batch_sampler": batch_sampler is not None,
-            }.items()
-            if value
-        ]
-        if len(given) > 1:
+        self.dataset, self.batch_size, self.drop_last, self.collate = dataset, batch_size, drop_last, collate
+        self._shuffle, self._lengths, self._weights, self._balance = shuffle, lengths, weights, balance
+        self._sampler, self._batch_sampler = sampler, batch_sampler
+        self._augment, self._cache_where = augment, cache
+        self._on_error, self.timeout_s, self.lanes = on_error, timeout_s, lanes
+        self._plans: dict[tuple[int | None, bool], Batches] = {}
+        self._check()
+
+    def _check(self) -> None:
+        rivals = {
+            "shuffle": self._shuffle,
+            "weights": self._weights is not None,
+            "balance": self._balance is not None,
+            "sampler": self._sampler is not None,
+            "batch_sampler": self._batch_sampler is not None,
+        }
+        given = [name for name, value in rivals.items() if value]
+        if self._lengths is not None and given in ([], ["shuffle"]):
+            given = ["lengths"]
+        if len(given) > 1 or (self._lengths is not None and given != ["lengths"]):
             raise UserError(f"Loader got {' and '.join(given)}", remedy="each decides the order: give one of them")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        if isinstance(dataset, DataLoader):
+        self._check_words()
+        if isinstance(self.dataset, DataLoader):
             raise UserError(
                 "Loader got a torch DataLoader",
                 why="its order lives in an iterator that cannot be resumed",
                 remedy="give its dataset: Loader(dataloader.dataset, batch_size, shuffle=True)",
             )
-        self.dataset, self.batch_size, self.drop_last, self.collate = dataset, batch_size, drop_last, collate
-        self._shuffle, self._weights, self._sampler, self._batch_sampler = (
-            shuffle,
-            weights,
-            sampler,
-            batch_sampler,
-        )
-        self.columns = None if collate else columns_of(dataset)
-        self.iterable = self.columns is None and isinstance(dataset, IterableDataset)
-        if self.iterable and given:
-            raise UserError(f"{given[0]} does not apply to an IterableDataset", why="it decides its own order")
-        if not self.iterable and self.columns is None and not hasattr(dataset, "__len__"):
+        if self.iterable:
+            self._check_stream(given)
+        elif not hasattr(self.dataset, "__len__") and not hasattr(self.dataset, "columns"):
             raise UserError(
-                f"a {type(dataset).__name__} has no length",
+                f"a {type(self.dataset).__name__} has no length",
                 remedy="give it __len__ and __getitem__, or derive it from torch's IterableDataset",
             )
-        self._cache: dict[tuple[int | None, bool], Batches] = {}
+        elif self.lanes > 1:
+            raise UserError("lanes= is for iterable data", remedy="leave it out: --workers read a map-style data set")
+
+    def _check_words(self) -> None:
+        for name, value in (("batch_size", self.batch_size), ("lanes", self.lanes)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        for name, word, words in (
+            ("on_error", self._on_error, ("raise", "skip")),
+            ("cache", self._cache_where, (None, "memory", "disk")),
+        ):
+            if word not in words:
+                listed = " or ".join(repr(w) for w in words)
+                raise UserError(
+                    f"Loader({name}={word!r}): {name} is {listed}{nearest(str(word), [str(w) for w in words])}"
+                )
+
+    def _check_stream(self, given: list[str]) -> None:
+        others = {"cache": self._cache_where is not None, "on_error": self._on_error != "raise"}
+        given = given + [name for name, value in others.items() if value]
+        if given:
+            raise UserError(
+                f"{given[0]} does not apply to an IterableDataset", why="it decides its own order and samples"
+            )
+        shards = getattr(self.dataset, "num_shards", 1)
+        if self.lanes > 1 and (self.lanes > shards or not hasattr(self.dataset, "shard")):
+            raise UserError(
+                f"lanes={self.lanes} of a {type(self.dataset).__name__} with {shards} shards",
+                why="each lane reads shards of its own",
+                remedy=f"lanes={shards}; shards are told by `num_shards` and given by `shard(num_shards=, index=)`",
+            )
+
+    @property
+    def iterable(self) -> bool:
+        """Whether the samples can only be had one after the other."""
+        dataset = self.dataset
+        return isinstance(dataset, IterableDataset) or (
+            hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
+        )
+
+    @cached_property
+    def columns(self) -> Columns | None:
+        """The data as tensors, where it is that simple."""
+        simple = self.collate is None and self._augment is None and not self.iterable
+        return columns_of(self.dataset) if simple else None
 
     def __len__(self) -> int:
         """Return the number of samples in the dataset (map-style and tensors)."""
-        if self.columns is not None:
-            return self.columns.num_rows
         if self.iterable:
             raise UserError(f"a {type(self.dataset).__name__} has no length")
-        return len(self.dataset)
+        return self.columns.num_rows if self.columns is not None else len(self.dataset)
 
     @property
     def batches_itself(self) -> bool:
@@ -122,13 +188,13 @@ class Loader:
     def plan(self, batch_size: int | None = None, *, evaluation: bool = False) -> Batches:
         """Batches of indices, with `batch_size` where the loader names none.
 
-        For an evaluation, `batch_size` comes first, and every sample comes once: drop_last, shuffle and weights are
-        the training's.
+        For an evaluation, `batch_size` comes first, and every sample comes once: drop_last, shuffle, lengths and
+        weights are the training's.
         """
         key = batch_size, evaluation
-        if key not in self._cache:
-            self._cache[key] = self._plan(batch_size, evaluation)
-        return self._cache[key]
+        if key not in self._plans:
+            self._plans[key] = self._plan(batch_size, evaluation)
+        return self._plans[key]
 
     def _plan(self, batch_size: int | None, evaluation: bool) -> Batches:
         if self._batch_sampler is not None:
@@ -136,25 +202,64 @@ class Loader:
         n, size = len(self), (batch_size or self.batch_size if evaluation else self.batch_size or batch_size)
         if size is None:
             raise UserError("the loader has no batch size", remedy="stoker.Loader(dataset, 32, ...)")
-        order: Order
-        if self._weights is not None:
-            if len(self._weights) != n:
-                raise UserError(f"{len(self._weights)} weights for {n} samples", remedy="give one weight per sample")
-            order = weighted(self._weights, n, replacement=True)
-        elif self._sampler is not None:
-            order = order_of_sampler(self._sampler, n)
-        else:
-            order = Shuffled(n, n) if self._shuffle else Sequential(n)
-        return Chunked(once(order), size, False) if evaluation else Chunked(order, size, self.drop_last)
+        order = self._order(n)
+        if evaluation:
+            return Chunked(once(order), size, False)
+        if self._lengths is not None:
+            lengths = per_sample(self._own("lengths", self._lengths), "lengths", n)
+            return Bucketed(lengths, size, self._shuffle, self.drop_last)
+        return Chunked(order, size, self.drop_last)
 
-    def batches(self, seed: int, epoch: int) -> list[list[int]]:
-        """Sample indices of every batch of an epoch, in the order in which a run with this seed trains on them."""
-        plan = self.plan()
+    def _order(self, n: int) -> Order:
+        if self._weights is not None:
+            return weighted(per_sample(self._weights, "weights", n), n, replacement=True)
+        if self._balance is not None:
+            return balanced(per_sample(self._own("targets", self._balance), "labels", n))
+        if self._sampler is not None:
+            return order_of_sampler(self._sampler, n)
+        return Shuffled(n, n) if self._shuffle else Sequential(n)
+
+    def _own(self, attribute: str, given: Any) -> Any:
+        """What was given, or for True what the data set tells; of plain tensors, the last is the target."""
+        if given is not True:
+            return given
+        found = getattr(self.dataset, attribute, None)
+        if found is None and attribute == "targets" and self.columns is not None:
+            found = self.columns.last()
+        if found is None:
+            argument = {"lengths": "lengths", "targets": "balance"}[attribute]
+            raise UserError(
+                f"{argument}=True needs `{attribute}`, which a {type(self.dataset).__name__} does not have",
+                remedy=f"{argument}=[...], with one value per sample",
+            )
+        return found
+
+    def batches(self, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+        """Sample indices of every batch of an epoch, in the order in which a run with this seed trains on them.
+
+        With several `ranks`: of the slices that rank number `rank` reads, some of which may be empty.
+        """
+        plan = Sharded(self.plan(), rank, ranks) if ranks > 1 else self.plan()
         return [batch.tolist() for batch in plan.take(seed, epoch, 0, plan.count(seed, epoch))]
 
-    def indices(self, seed: int, epoch: int) -> list[int]:
+    def indices(self, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1) -> list[int]:
         """Sample indices of an epoch in order."""
-        return [index for batch in self.batches(seed, epoch) for index in batch]
+        return [index for batch in self.batches(seed, epoch, rank=rank, ranks=ranks) for index in batch]
+
+    @cached_property
+    def source(self) -> Any:
+        """The map-style data set as it is read: cached, and then augmented, where that was asked for."""
+        source = self.dataset
+        if self._cache_where is not None:
+            from stoker.data.caching import cached
+
+            source = cached(source, self._cache_where)
+        return Augmented(source, self._augment) if self._augment is not None else source
+
+    def reader(self, seed: int) -> Reader:
+        """Reads batches of a map-style data set."""
+        collate = self.collate or getattr(self.dataset, "collate", None)
+        return Reader(self.source, collate, seed, self._on_error)
 
     def feed(
         self,
@@ -162,77 +267,42 @@ class Loader:
         *,
         batch_size: int | None = None,
         workers: int = 0,
-        pin_memory: bool = False,
         evaluation: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Feed:
         """Open the data for a run. An evaluation feed repeats epoch 0, so that evaluations are comparable."""
-        collate = self.collate or default_collate
         if self.iterable:
-            return IterableFeed(self.dataset, self.batch_size or batch_size or 1, self.drop_last, collate, seed)
+            return StreamFeed(
+                self.dataset,
+                self.batch_size or batch_size or 1,
+                self.collate or getattr(self.dataset, "collate", None),
+                seed,
+                augment=self._augment,
+                drop_last=self.drop_last and not evaluation,
+                lanes=self.lanes,
+                workers=workers,
+                rank=rank,
+                ranks=ranks,
+                timeout_s=self.timeout_s,
+                evaluation=evaluation,
+            )
         plan = self.plan(batch_size, evaluation=evaluation)
+        plan = Sharded(plan, rank, ranks) if ranks > 1 else plan
         if self.columns is not None:
             return TensorFeed(self.columns, plan, seed)
+        reader = self.reader(seed)
         if workers == 0:
-            return SampleFeed(self.dataset, plan, collate, seed)
-        return WorkerFeed(self.dataset, plan, collate, seed, workers, pin_memory=pin_memory, repeat=evaluation)
+            return SampleFeed(reader, plan, seed)
+        return WorkerFeed(reader, plan, seed, workers, timeout_s=self.timeout_s, repeat=evaluation)
 
 
-class Columns:
-    """Tensors in memory with one row per sample: a batch is one gather, not a thousand ``__getitem__`` calls."""
-
-    def __init__(self, tree: Any, tensors: list[torch.Tensor], rows: torch.Tensor | None = None) -> None:
-        self._tree, self._tensors, self._rows = tree, tensors, rows
-        self.num_rows = len(rows) if rows is not None else tensors[0].shape[0]
-        self._devices = {tensor.device for tensor in tensors} - {torch.device("cpu")}
-
-    def take(self, indices: torch.Tensor) -> Any:
-        """Gather rows, as the tree the dataset was given in."""
-        if self._rows is not None:
-            indices = self._rows.index_select(0, indices)
-        if self._devices:
-            gathered = [tensor.index_select(0, indices.to(tensor.device)) for tensor in self._tensors]
-        else:
-            gathered = [tensor.index_select(0, indices) for tensor in self._tensors]
-        if self._tree is tuple:
-            return gathered  # a list, as default_collate makes of tuples
-        if self._tree is None:
-            return gathered[0]
-        return dict(zip(self._tree, gathered, strict=True))
-
-    def at(self, rows: list[int]) -> "Columns":
-        """View of a subset of the rows."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
-        return Columns(self._tree, self._tensors, index if self._rows is None else self._rows[index])
-
-
-def columns_of(dataset: Any) -> Columns | None:
-    """Columns of a TensorDataset, of a Subset of one, or of plain tensors and arrays; None for anything else."""
-    if type(dataset) is TensorDataset:
-        return Columns(tuple, list(dataset.tensors))
-    if type(dataset) is Subset:
-        base = columns_of(dataset.dataset)
-        return base.at(list(dataset.indices)) if base is not None else None
-    if isinstance(dataset, Dataset):
-        return None
-    tree: Any
-    if isinstance(dataset, torch.Tensor | np.ndarray):
-        tree, values = None, [dataset]
-    elif isinstance(dataset, tuple) and dataset:
-        tree, values = tuple, list(dataset)
-    elif isinstance(dataset, Mapping) and dataset:
-        tree, values = list(dataset), list(dataset.values())
-    else:
-        return None
-    if not all(isinstance(value, torch.Tensor | np.ndarray) and value.ndim for value in values):
-        return None
-    tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
-    lengths = {tensor.shape[0] for tensor in tensors}
-    if len(lengths) > 1:
-        raise UserError(
-            f"the columns of a Loader have different lengths: {sorted(lengths)}",
-            remedy="give tensors whose first dimension is the sample",
-        )
-    return Columns(tree, tensors)
+def per_sample(values: Any, name: str, n: int) -> Any:
+    """Check that there is one value per sample."""
+    if not hasattr(values, "__len__") or len(values) != n:
+        count = f"{len(values)} " if hasattr(values, "__len__") else ""
+        raise UserError(f"{count}{name} for {n} samples", remedy=f"give one of the {name} per sample")
+    return values
 
 
 def open_feed(source: Any, seed: int, **options: Any) -> Feed:

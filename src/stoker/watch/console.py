@@ -88,6 +88,8 @@ class Quiet:
     def end(self, path: Path, progress: "Progress", metrics: Mapping[str, Any], signal: str | None) -> None:
         if signal is not None:
             self.note(f"{signal}: saved at step {progress.step}; go on with: stoker resume {path}")
+        if progress.skipped_samples:
+            self.note(left_out(progress))
 
 
 class Lines:
@@ -183,6 +185,8 @@ class Lines:
             headline = f"{already}finished at step {progress.step}, epoch {progress.epoch}: {why}"
             commands = [f"stoker show {path}", f"stoker eval {path}", f"stoker predict {path}"]
         self._terminal.print(headline)
+        if progress.skipped_samples:
+            self.note(left_out(progress))
         if table.row_count:
             self._terminal.print(table)
         self._terminal.print("next: " + "\n      ".join(commands))
@@ -193,6 +197,13 @@ def shown(metrics: Mapping[str, Any], limit: int = 6) -> dict[str, float]:
     hidden = ("time/", "system/", "train/lr", "train/skipped")
     found = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.startswith(hidden)}
     return dict(list(found.items())[:limit])
+
+
+def left_out(progress: "Progress") -> str:
+    """The samples that could not be read, the first of them by name."""
+    lines = [f"{progress.skipped_samples} samples could not be read and were left out", *progress.skipped_first]
+    more = progress.skipped_samples - len(progress.skipped_first)
+    return "\n      ".join(lines + ([f"and {more} more"] if more else []))
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,263 @@
+"""Worker processes that turn tasks into batches, in order, and say what happened when one does not come back.
+
+Each worker has a socket: tasks and freed regions go in, encoded batches come out. The main process needs no threads and
+no signal handler: it waits on the sockets and on the processes' ends at once, and only while it needs a batch.
+"""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+
+from stoker.data.collating import Allocate
+from stoker.data.reader import Failure
+from stoker.data.regions import MemoryReader, Region, Writer, available
+from stoker.errors import UserError
+
+_HERE = str(Path(__file__).parent)
+_AHEAD = 2  # tasks a worker has at hand: one it works on, one that waits
+_LOOK_S = 0.5  # between looks at workers that do not answer
+_PARENT_S = 5.0  # between a worker's looks for its parent
+_LEAVE_S = 0.5  # that a worker is given to finish what it reads, when it is dismissed
+
+
+class Work(Protocol):
+    """What a worker does with a task."""
+
+    def __call__(self, task: Any, allocate: Allocate, board: Any, /) -> Any:
+        """Return the result; say on `board` (3 integers) what is being read: epoch, sample and how many so far."""
+        ...
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    memory: MemoryReader
+    board: Any
+    stacks: IO[bytes]
+    tasks: int = 0  # given and not answered
+    seen: tuple[int, float] = (-1, 0.0)  # the board's count, and when it last changed
+
+
+@dataclass
+class Pool:
+    """Results of `work` on each task, in the tasks' order, whichever worker is free computing the next one.
+
+    Args:
+        work: runs in the workers; forked with everything it refers to.
+        tasks: may be endless; read only as far ahead as the workers can hold.
+        workers: how many processes.
+        timeout_s: how long a worker may work on one sample.
+        name: sample index -> words for messages.
+
+    Raises:
+        UserError: (in `next`) a worker raised, ended, or did not get on with a sample for `timeout_s`.
+    """
+
+    work: Work
+    tasks: Iterator[Any]
+    workers: int
+    timeout_s: float
+    name: Callable[[int], str]
+    _team: list[_Worker] = field(default_factory=list)
+    _done: dict[int, Any] = field(default_factory=dict)
+    _issued: int = 0
+    _taken: int = 0
+    _exhausted: bool = False
+    _finalizer: Any = None
+
+    def __post_init__(self) -> None:
+        for _ in range(self.workers):
+            self._team.append(self._hire())
+        # For whoever does not close it: daemons are joined at exit, and these wait for their parent to hang up.
+        self._finalizer = Finalize(self, _dismiss, args=(self._team,), exitpriority=1)
+
+    def _hire(self) -> _Worker:
+        # Forked workers share the data set's memory with the main process, and start in milliseconds.
+        context = multiprocessing.get_context("fork" if available() else None)
+        ours, theirs = context.Pipe()
+        fd = os.memfd_create("stoker batches") if available() else None
+        board = context.RawArray("q", 3)
+        stacks = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
+        others = [worker.connection for worker in self._team] + [ours]  # a worker must not keep them open
+        arguments = (self.work, theirs, others if available() else [], fd, board, stacks if available() else None)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, MemoryReader(fd), board, stacks)
+
+    def __iter__(self) -> "Pool":
+        return self
+
+    def __next__(self) -> Any:
+        self._issue()
+        while self._taken not in self._done:
+            if self._taken == self._issued:
+                raise StopIteration
+            self._wait()
+        result = self._done.pop(self._taken)
+        self._taken += 1
+        self._issue()
+        if isinstance(result, Failure):
+            raise result.raised()
+        return result
+
+    def _issue(self) -> None:
+        """Keep every worker supplied, the least busy first; bounded by what was taken, so that memory is."""
+        while not self._exhausted and self._issued - self._taken < self.workers * _AHEAD:
+            worker = min(self._team, key=lambda w: w.tasks)
+            task = next(self.tasks, None)
+            if task is None:
+                self._exhausted = True
+                return
+            with contextlib.suppress(BrokenPipeError):  # it has ended: told when its answer is waited for
+                worker.connection.send((self._issued, task, worker.memory.released()))
+            worker.tasks += 1
+            worker.seen = (worker.seen[0], time.monotonic()) if worker.tasks == 1 else worker.seen
+            self._issued += 1
+
+    def _wait(self) -> None:
+        by_connection = {worker.connection: worker for worker in self._team}
+        began = time.monotonic()
+        ready = wait(list(by_connection), timeout=_LOOK_S)
+        for connection in ready:
+            worker = by_connection[connection]  # type: ignore[index]
+            try:
+                number, data, regions = pickle.loads(worker.connection.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                raise self._ended(worker) from None
+            self._done[number] = worker.memory.load(data, regions)
+            worker.tasks -= 1
+        asleep = time.monotonic() - began > 4 * _LOOK_S  # this process was stopped, and the workers may have been
+        if not ready:
+            for worker in self._team:
+                self._watch(worker, asleep)
+
+    def _watch(self, worker: _Worker, asleep: bool) -> None:
+        count, now = worker.board[2], time.monotonic()
+        if not worker.tasks or count != worker.seen[0] or asleep:
+            worker.seen = (count, now)
+        elif now - worker.seen[1] > self.timeout_s:
+            raise self._hangs(worker)
+
+    def _ended(self, worker: _Worker) -> UserError:
+        worker.process.join(5)
+        code = worker.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        fatal = code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE)
+        return UserError(
+            f"a data worker (process {worker.process.pid}) {how} while reading {self._reading(worker)}",
+            why=_stack_of(worker) or ("a SIGKILL is often the kernel's, for want of memory" if code == -9 else ""),
+            remedy="Loader(on_error=...) cannot skip a crash: leave that sample out, or find it with --workers 0"
+            if fatal
+            else "fewer --workers need less memory; --workers 0 has none; the run goes on with the same command",
+        )
+
+    def _hangs(self, worker: _Worker) -> UserError:
+        pid = worker.process.pid
+        assert pid is not None
+        stopped = _state_of(pid) == "T"
+        stack = "" if stopped else _ask_for_stack(worker, pid)
+        return UserError(
+            f"a data worker (process {pid}) has been reading {self._reading(worker)} for {self.timeout_s:g} s",
+            why=f"the process is stopped: `kill -CONT {pid}` lets it go on" if stopped else stack,
+            remedy="Loader(timeout_s=...) sets how long a sample may take; resume once the cause is mended",
+        )
+
+    def _reading(self, worker: _Worker) -> str:
+        epoch, index, count = worker.board
+        return f"{self.name(index)} in epoch {epoch}" if count else "nothing yet"
+
+    def close(self) -> None:
+        """Dismiss the workers; what they hold is of no use any more."""
+        self._finalizer()
+
+
+def _dismiss(team: list[_Worker]) -> None:
+    for worker in team:
+        worker.connection.close()
+    deadline = time.monotonic() + _LEAVE_S
+    for worker in team:
+        worker.process.join(max(deadline - time.monotonic(), 0))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.process.close()
+        worker.stacks.close()
+        worker.memory.close()
+    team.clear()
+
+
+def _serve(
+    work: Work, connection: Connection, others: list[Connection], fd: int | None, board: Any, stacks: Any
+) -> None:
+    """A worker's life: ends with its parent, or when the parent hangs up."""
+    for other in others:
+        other.close()
+    _leave_signals_to_parent()
+    if stacks is not None:
+        faulthandler.enable(stacks)
+        faulthandler.register(signal.SIGUSR2, stacks)
+    torch.set_num_threads(1)  # the workers are the parallelism
+    writer, parent = Writer(fd), os.getppid()
+    released: list[Region]
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            while not connection.poll(_PARENT_S):
+                if os.getppid() != parent:
+                    return
+            number, task, released = connection.recv()
+            writer.begin(released)
+            try:
+                result = writer.dump(work(task, writer.allocate, board))
+            except Exception as error:
+                result = writer.dump(Failure.of(error))
+            connection.send_bytes(pickle.dumps((number, *result), pickle.HIGHEST_PROTOCOL))
+
+
+def _leave_signals_to_parent() -> None:
+    """Leave a signal sent to the whole job to the main process, which needs its workers to finish the step.
+
+    The second SIGTERM ends a worker: the first may be the scheduler's, a later one is meant.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+
+
+def _state_of(pid: int) -> str:
+    """Letter of a process's state in /proc, T for a stopped one; empty where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _ask_for_stack(worker: _Worker, pid: int) -> str:
+    if hasattr(signal, "SIGUSR2"):
+        os.kill(pid, signal.SIGUSR2)
+        time.sleep(0.2)  # for the handler, which needs no interpreter and so works inside any C function
+    return _stack_of(worker)
+
+
+def _stack_of(worker: _Worker) -> str:
+    worker.stacks.seek(0)
+    lines = worker.stacks.read().decode(errors="replace").splitlines()
+    frames = [line.strip() for line in lines if line.strip().startswith("File")]  # innermost first
+    return "\n          ".join(list(takewhile(lambda line: _HERE not in line, frames))[:8])

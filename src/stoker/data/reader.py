@@ -1,0 +1,264 @@
+"""Reads samples and collates them: seeded one by one, failures named by sample and file, or left out by policy."""
+
+import os
+import random
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from stoker.data.collating import Allocate, CollateError, collate
+from stoker.data.seeding import COLLATE, SAMPLE, draws, fold, seed_all
+from stoker.errors import UserError, told
+
+OnError = Literal["raise", "skip"]
+Collate = Callable[[list[Any]], Any]
+
+_UNDRAWN = fold(0, SAMPLE)  # a seed that nobody chooses
+_LOOK_DEPTH = 4  # how deep in a data set's attributes its own random generators are looked for,
+_LOOK_WIDTH = 64  # and how long a list of them may be
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be read and was left out."""
+
+    epoch: int
+    index: int
+    reason: str  # names the file where it is known
+
+    def __str__(self) -> str:
+        return f"sample {self.index} in epoch {self.epoch}: {self.reason}"
+
+
+class Portion(NamedTuple):
+    """What reading one batch gives."""
+
+    batch: Any
+    skipped: tuple[Skipped, ...] = ()
+
+
+class RemoteTraceback(Exception):
+    """The traceback of an exception in another process, as text."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in another process, in words: the exception itself may not survive the journey."""
+
+    what: str
+    why: str
+    remedy: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Put an exception into words, with the user's own lines, or else the last ones."""
+        text = "".join(traceback.format_exception(error))
+        message = error if isinstance(error, UserError) else told(error, "reading the data")
+        frames = traceback.extract_tb(error.__traceback__)[-2:]
+        lines = "\n          ".join(f"at {f.filename}:{f.lineno}: {f.line}" for f in frames)
+        why = message.why or ("" if isinstance(error, UserError) else lines)
+        return cls(message.what, why, message.remedy, text)
+
+    def raised(self) -> UserError:
+        """Return the exception to raise here; its cause shows the other process's traceback."""
+        error = UserError(self.what, why=self.why, remedy=self.remedy)
+        error.__cause__ = RemoteTraceback(f'\n"""\n{self.traceback}"""')
+        return error
+
+
+class Reader:
+    """Reads and collates batches; sample (epoch, index) draws from generators seeded by (seed, epoch, index).
+
+    Seeding costs 8 us a sample, more than many samples do. Where the first batch's samples drew nothing, the
+    generators are seeded once a batch and looked at after it; should a sample have drawn after all, that batch is
+    read again with a seed for every sample, and so is all that follows.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Collate | None, seed: int, on_error: OnError = "raise") -> None:
+        self.dataset = dataset
+        self._collate, self._seed, self._on_error = collate_fn or collate, seed, on_error
+        # stoker's own collate functions can write into memory that they are given; and they draw nothing
+        self._own_collate = getattr(self._collate, "__module__", "") == "stoker.data.collating"
+        self._own_generators = generators_in(dataset)
+        self._bulk = getattr(dataset, "__getitems__", None)
+        self._undrawn: tuple[float, float, float] | None = None  # draws after that seed, if the first batch drew none
+        self._known = bool(self._own_generators)
+        self.board: Any = [0, 0, 0]  # epoch, index and number of the sample that is being read, for whoever watches
+
+    def batch(self, epoch: int, indices: Sequence[int], allocate: Allocate | None = None) -> Portion:
+        """Read and collate.
+
+        Raises:
+            UserError: the samples do not fit together, or every one of them failed.
+        """
+        if not indices:
+            return Portion(None)
+        samples, read, skipped = self.read(epoch, indices)
+        return Portion(self.join(epoch, read, samples, allocate), skipped)
+
+    def read(self, epoch: int, indices: Sequence[int]) -> tuple[list[Any], Sequence[int], tuple[Skipped, ...]]:
+        """Read samples: those that can be read, their indices, and those that were left out."""
+        if self._on_error == "skip":
+            return self._read_what_can_be(epoch, indices)
+        return self._read(epoch, indices), indices, ()
+
+    def join(self, epoch: int, indices: Sequence[int], samples: list[Any], allocate: Allocate | None) -> Any:
+        """Collate samples; a collate function that draws, to mix samples say, is keyed by the first.
+
+        Raises:
+            UserError: the samples do not fit together.
+        """
+        try:
+            if self._own_collate:
+                return self._collate(samples, allocate)  # type: ignore[call-arg]
+            self._seed_generators(fold(self._seed, COLLATE, epoch, indices[0]))
+            return self._collate(samples)
+        except CollateError as error:
+            raise error.named(lambda row: self.name(indices[row])) from error
+
+    def name(self, index: int) -> str:
+        """Sample and, where the data set tells it, its file."""
+        file = file_of(self.dataset, index)
+        return f"sample {index} ({file})" if file else f"sample {index}"
+
+    def _seed_generators(self, key: int) -> None:
+        seed_all(key)
+        for reseed in self._own_generators:
+            reseed(key)
+
+    def _read(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        if self._undrawn is not None:
+            seed_all(_UNDRAWN)
+            samples = self._get(epoch, indices)
+            if draws() == self._undrawn:
+                return samples
+            self._undrawn = None
+        if self._known or torch.cuda.is_initialized():  # a CUDA generator's draws are not looked at
+            return [self._keyed(epoch, index) for index in indices]
+        self._known = True
+        return self._first_batch(epoch, indices)
+
+    def _first_batch(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        samples, drawn = [], False
+        for index in indices:
+            samples.append(self._keyed(epoch, index))
+            after = draws()
+            seed_all(fold(self._seed, SAMPLE, epoch, index))
+            drawn = drawn or after != draws()
+        if not drawn:
+            seed_all(_UNDRAWN)
+            self._undrawn = draws()
+        return samples
+
+    def _keyed(self, epoch: int, index: int) -> Any:
+        self._seed_generators(fold(self._seed, SAMPLE, epoch, index))
+        return self._get(epoch, [index])[0]
+
+    def _read_what_can_be(self, epoch: int, indices: Sequence[int]) -> tuple[list[Any], list[int], tuple[Skipped, ...]]:
+        samples, read, skipped = [], [], []
+        for index in indices:
+            try:
+                samples.append(self._keyed(epoch, index))
+                read.append(index)
+            except Exception as error:
+                what = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                file = file_of(self.dataset, index)
+                skipped.append(Skipped(epoch, index, f"{file}: {what}" if file and file not in what else what))
+        if not samples:
+            raise UserError(
+                f"no sample of a batch of {len(indices)} could be read",
+                why="\n          ".join(map(str, skipped[:3])),
+                remedy="on_error='skip' leaves single bad samples out; here the data set itself seems to be wrong",
+            )
+        return samples, read, tuple(skipped)
+
+    def _get(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        board, dataset, samples = self.board, self.dataset, []
+        board[0] = epoch
+        if self._bulk is not None and len(indices) > 1:
+            board[1], board[2] = indices[0], board[2] + 1
+            return list(self._bulk(list(indices)))
+        for index in indices:
+            board[1], board[2] = index, board[2] + 1
+            try:
+                samples.append(dataset[index])
+            except Exception as error:
+                error.add_note(f"while reading {self.name(index)} in epoch {epoch}")
+                if isinstance(error, UserError) and f"sample {index}" not in error.what:
+                    where = f" ({self.name(index)}, epoch {epoch})"
+                    raise UserError(error.what + where, why=error.why, remedy=error.remedy) from error
+                raise
+        return samples
+
+
+def file_of(dataset: Any, index: int) -> str | None:
+    """File (and row) that a sample comes from, by the conventions of stoker's and torchvision's data sets."""
+    for _ in range(8):
+        inner = getattr(dataset, "dataset", None)
+        try:
+            if callable(tell := getattr(dataset, "file_of", None)):
+                return str(tell(index))
+            for attribute in ("samples", "imgs", "paths", "files", "filenames", "image_paths"):
+                listed = getattr(dataset, attribute, None)
+                if isinstance(listed, list | tuple) and len(listed) == len(dataset):
+                    found = listed[index]
+                    found = found[0] if isinstance(found, list | tuple) and found else found
+                    if isinstance(found, str | os.PathLike):
+                        return str(found)
+            if inner is not None and isinstance(indices := getattr(dataset, "indices", None), Sequence):
+                index = indices[index]
+        except Exception:  # only a name for a message: whatever fails here must not hide the message
+            return None
+        if inner is None:
+            return None
+        dataset = inner
+    return None
+
+
+def generators_in(dataset: Any) -> list[Callable[[int], None]]:
+    """Functions that reseed the random generators which a data set (or its transforms) holds of its own.
+
+    Forked workers would all draw the same numbers from them, and no checkpoint knows how far they are.
+    """
+    found: list[Callable[[int], None]] = []
+    seen: set[int] = set()
+    pending = [(dataset, 0)]
+    while pending:
+        node, depth = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if (reseed := _reseeding(node)) is not None:
+            found.append(reseed)
+        elif depth < _LOOK_DEPTH:
+            pending += [(part, depth + 1) for part in _parts_of(node)]
+    return found
+
+
+def _reseeding(node: Any) -> Callable[[int], None] | None:
+    if isinstance(node, np.random.Generator):
+        kind: Any = type(node.bit_generator)
+        return lambda key: setattr(node.bit_generator, "state", kind(key).state)
+    if isinstance(node, np.random.RandomState):
+        return lambda key: node.seed(key & 0xFFFFFFFF)
+    if isinstance(node, torch.Generator):
+        return lambda key: [node.manual_seed(key)].clear()
+    return node.seed if isinstance(node, random.Random) else None
+
+
+def _parts_of(node: Any) -> list[Any]:
+    """What an object holds, where that is not a lot."""
+    if isinstance(node, list | tuple):
+        return list(node) if len(node) <= _LOOK_WIDTH else []
+    if isinstance(node, Mapping):
+        return list(node.values()) if len(node) <= _LOOK_WIDTH else []
+    if isinstance(node, type | ModuleType | torch.Tensor | Path):
+        return []
+    return list(getattr(node, "__dict__", {}).values())
