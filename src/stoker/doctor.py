@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stoker.checks import check_limits, split_notes
-from stoker.data.footprint import Growth, Holder, Machine, growth, holders, machine
+from stoker.data.footprint import Growth, Holder, growth, holders
+from stoker.data.limits import Machine, machine
 from stoker.data.loader import Loader
 from stoker.data.order import Batches
 from stoker.data.seeding import isolated

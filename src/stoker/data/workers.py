@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from stoker.data.collating import Allocate
-from stoker.data.footprint import machine
+from stoker.data.limits import machine
 from stoker.data.loader import Loader
 from stoker.data.order import Batches
 from stoker.data.pool import Pool, Work
