@@ -298,7 +298,7 @@ def test_a_data_set_is_packed() -> None:
     assert list(pack(Squares())) == [0, 1, 4, 9, 16]
 
 
-@pytest.mark.parametrize("records", [{"a": [1]}, "text", b"text", 5, None, object()], ids=repr)
+@pytest.mark.parametrize("records", [{"a": [1]}, "text", b"text", 5, None, object()], ids=lambda r: type(r).__name__)
 def test_no_records(records: Any) -> None:
     with pytest.raises(UserError, match=f"pack got a {type(records).__name__}") as caught:
         pack(records)
