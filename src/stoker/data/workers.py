@@ -20,6 +20,7 @@ _BUDGET_S = 4.0  # for everything
 _WINDOW_S = 0.35  # for each number of workers
 _CHUNK_S = 0.02  # of reading: what a worker is asked for at a time, so that slow samples fit into a window
 _LONG_STEP_S = 0.25  # a step longer than this is not rehearsed: arithmetic does
+_PROBED = 512  # samples, at most, that one worker reads first
 _NEAR = 0.95  # of the best rate is as good: the fewest workers that reach it are taken
 _MOST = 32  # workers
 
@@ -75,19 +76,25 @@ class _Probe:
     def __call__(self, task: tuple[int, list[int]], allocate: Allocate, board: Any) -> Reading:
         epoch, indices = task
         self.reader.board = board
-        samples = self.reader.read(epoch, indices[:1])[0]  # what is imported or opened at first is not the usual time
         began, cpu = time.perf_counter(), time.process_time()
-        for index in indices[1:]:
-            samples += self.reader.read(epoch, [index])[0]
-            if time.perf_counter() - began > _WINDOW_S:
-                break
-        took, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+        samples = list(self.reader.read(epoch, indices[:1])[0])
+        took, cpu_s, counted = time.perf_counter() - began, time.process_time() - cpu, 1
+        if took < _WINDOW_S:  # else that will have to do; usually, the first one opens files and imports modules
+            began = time.perf_counter()
+            samples += self.reader.read(epoch, indices[1:2])[0]
+            at_once = int(_CHUNK_S / (time.perf_counter() - began))
+            began, cpu, known = time.perf_counter(), time.process_time(), len(samples)
+            step = max(1, min(self.batch_size, at_once))  # as a batch is read, where samples are quick
+            for first in range(2, len(indices), step):
+                samples += self.reader.read(epoch, indices[first : first + step])[0]
+                if time.perf_counter() - began > _WINDOW_S:
+                    break
+            took, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+            counted = len(samples) - known
         whole = [samples[i % len(samples)] for i in range(self.batch_size)]
         began = time.perf_counter()
         batch = self.reader.join(epoch, indices, whole, allocate)
-        return Reading(
-            max(took / (len(samples) - 1), 1e-8), time.perf_counter() - began, cpu_s / max(took, 1e-9), batch
-        )
+        return Reading(max(took / counted, 1e-8), time.perf_counter() - began, cpu_s / max(took, 1e-9), batch)
 
 
 @dataclass(frozen=True)
@@ -119,26 +126,23 @@ def choose_workers(
     began = time.perf_counter()
     reader, plan = loader.reader(seed), loader.plan(batch_size)
     chunks = _Chunks(plan, seed)
-    with _pool(_Probe(reader, batch_size), chunks.of(256), 1, loader, reader) as pool:
+    with _pool(_Probe(reader, batch_size), chunks.of(_PROBED), 1, loader, reader) as pool:
         alone = next(pool)
     step_s = time_of(lambda: step(alone.batch), settle)
     read_s = alone.sample_s * batch_size + alone.collate_s
-    cpus = machine().cpus
     rates = {0: batch_size / (step_s + read_s)}
     enough = _NEAR * batch_size / step_s  # the device is busy
+    most = machine().cpus if alone.cpu_share > 0.5 else _MOST  # more than the cores only take them from one another
     if rates[0] < enough and step_s > _LONG_STEP_S:
-        most = cpus if alone.cpu_share > 0.5 else _MOST
         workers = min(math.ceil(read_s / step_s / _NEAR), most)
         return Choice(workers, read_s, alone.cpu_share, step_s, rates, time.perf_counter() - began)
     chunk = max(1, min(batch_size, round(_CHUNK_S / alone.sample_s)))
-    workers = 1
-    while max(rates.values()) < enough and workers <= _MOST:
+    for workers in sorted({min(2**i, most) for i in range(most.bit_length() + 1)}):
         spent = time.perf_counter() - began
-        if spent + 2 * _WINDOW_S > _BUDGET_S or _levelled(rates):
+        if max(rates.values()) >= enough or spent + 2 * _WINDOW_S > _BUDGET_S or _levelled(rates):
             break
         with _pool(_Chunk(reader), chunks.of(chunk), workers, loader, reader) as pool:
             rates[workers] = _together(pool, chunk, batch_size, step, settle, alone.batch)
-        workers *= 2
     best = max(rates.values())
     chosen = min(workers for workers, rate in rates.items() if rate >= _NEAR * best)
     return Choice(chosen, read_s, alone.cpu_share, step_s, rates, time.perf_counter() - began)
