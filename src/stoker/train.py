@@ -23,6 +23,7 @@ from stoker.losses import Mean, Shares, add_result, terms
 from stoker.recipe import Recipe, unpack
 from stoker.state import Live, Progress, TrainState
 
+_WAIT_SHARE, _WAIT_S = 0.3, 5.0  # of a log window, from which on waiting for data is worth a word
 _SKIPPED_NAMED = 8  # samples that could not be read, of which the end of the run tells
 
 Observer = Callable[[Progress, Mapping[str, Any]], None]
@@ -112,6 +113,8 @@ class Session:
     between_steps: bool = True  # the state is that of a completed step: whatever fails now, it can be saved
     _pending: list["Tally"] = field(default_factory=list)
     _clock: tuple[float, int] = (0.0, 0)
+    _waited_s: float = 0.0  # for data, since the last log line
+    _hinted: bool = False
 
     def tally(self, name: str, total: Any, count: Any = 1, *, finite: bool = True) -> None:
         """Add a value of this step, or a sum over `count`, to the log window.
@@ -158,9 +161,11 @@ def train(s: Session) -> Session:
     s._clock = (time.perf_counter(), progress.step)
     if progress.step:
         at_edge(s)  # what an interruption left undone: an evaluation, say
+    left = time.perf_counter()
     while not progress.finished and not s.interrupts.requested:
         began = progress.step
         for batch, last in s.feed.epoch(progress.epoch, progress.batch):
+            s._waited_s += time.perf_counter() - left
             s.between_steps = False
             seed_all(fold(s.seed, STEP, progress.step))
             for live in state.objectives:
@@ -177,6 +182,7 @@ def train(s: Session) -> Session:
                 at_edge(s)
             if progress.finished or s.interrupts.requested:
                 break
+            left = time.perf_counter()
         refuse_empty(progress, began)
     if s.saved_step != progress.step:
         save(s, interim=True)
@@ -336,7 +342,14 @@ def log_window(s: Session) -> None:
     then, step = s._clock
     s._clock = (time.perf_counter(), progress.step)
     if progress.step > step:
-        values["time/steps_per_s"] = (progress.step - step) / (s._clock[0] - then)
+        elapsed, waited, s._waited_s = s._clock[0] - then, s._waited_s, 0.0
+        values["time/steps_per_s"] = (progress.step - step) / elapsed
+        values["time/data_wait_share"] = waited / elapsed
+        if waited > max(_WAIT_SHARE * elapsed, _WAIT_S) and not s._hinted:
+            s._hinted = True
+            s.warn(
+                f"{waited / elapsed:.0%} of the time goes into waiting for data: try --workers auto, or stoker doctor"
+            )
     values["system/memory_bytes"] = s.strategy.memory_bytes()
     tell(s, values)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import stoker
+from stoker.devices.strategy import Single
 from tests.laws.runs import assert_same
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +35,32 @@ def recipe(middle: Any = nn.ReLU) -> stoker.Recipe:
         clip_norm=1.0,
         ema=0.9,
     )
+
+
+class Drawn(torch.utils.data.Dataset[Any]):
+    """Samples in host memory, one of which cannot be read."""
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if i == 5:
+            raise ValueError("five")
+        return torch.full((256,), float(i)) + torch.rand(256), i
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_side_stream_hands_out_what_was_read(workers: int) -> None:
+    loader = stoker.Loader(Drawn(), 8, shuffle=True, on_error="skip")
+    plain, ahead = loader.feed(0), Single(torch.device("cuda")).ahead(loader.feed(0, workers=workers))
+    for epoch in range(3):
+        for (ours, last), (x, end) in zip(ahead.epoch(epoch), plain.epoch(epoch), strict=True):
+            scratch = torch.randn(512, 512, device="cuda")
+            assert (scratch @ scratch).isfinite().all()  # the device is busy while the next batch comes
+            assert ours[0].is_cuda and torch.equal(ours[0].cpu(), x[0]) and torch.equal(ours[1].cpu(), x[1])
+            assert last == end and len(ahead.skipped) == len(plain.skipped)
+    assert len(ahead.skipped) == 3
+    ahead.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -1,18 +1,15 @@
 """Reads samples and collates them: seeded one by one, failures named by sample and file, or left out by policy."""
 
 import os
-import random
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 
 from stoker.data.collating import Allocate, CollateError, collate
+from stoker.data.generators import generators_of, reseed
 from stoker.data.seeding import COLLATE, SAMPLE, draws, fold, seed_all
 from stoker.errors import UserError, told
 
@@ -20,8 +17,6 @@ OnError = Literal["raise", "skip"]
 Collate = Callable[[list[Any]], Any]
 
 _UNDRAWN = fold(0, SAMPLE)  # a seed that nobody chooses
-_LOOK_DEPTH = 4  # how deep in a data set's attributes its own random generators are looked for,
-_LOOK_WIDTH = 64  # and how long a list of them may be
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Reader:
         self._collate, self._seed, self._on_error = collate_fn or collate, seed, on_error
         # stoker's own collate functions can write into memory that they are given; and they draw nothing
         self._own_collate = getattr(self._collate, "__module__", "") == "stoker.data.collating"
-        self._own_generators = generators_in(dataset)
+        self._own_generators = generators_of(dataset)
         self._bulk = getattr(dataset, "__getitems__", None)
         self._undrawn: tuple[float, float, float] | None = None  # draws after that seed, if the first batch drew none
         self._known = bool(self._own_generators)
@@ -130,8 +125,8 @@ class Reader:
 
     def _seed_generators(self, key: int) -> None:
         seed_all(key)
-        for reseed in self._own_generators:
-            reseed(key)
+        for generator in self._own_generators:
+            reseed(generator, key)
 
     def _read(self, epoch: int, indices: Sequence[int]) -> list[Any]:
         if self._undrawn is not None:
@@ -220,45 +215,3 @@ def file_of(dataset: Any, index: int) -> str | None:
             return None
         dataset = inner
     return None
-
-
-def generators_in(dataset: Any) -> list[Callable[[int], None]]:
-    """Functions that reseed the random generators which a data set (or its transforms) holds of its own.
-
-    Forked workers would all draw the same numbers from them, and no checkpoint knows how far they are.
-    """
-    found: list[Callable[[int], None]] = []
-    seen: set[int] = set()
-    pending = [(dataset, 0)]
-    while pending:
-        node, depth = pending.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if (reseed := _reseeding(node)) is not None:
-            found.append(reseed)
-        elif depth < _LOOK_DEPTH:
-            pending += [(part, depth + 1) for part in _parts_of(node)]
-    return found
-
-
-def _reseeding(node: Any) -> Callable[[int], None] | None:
-    if isinstance(node, np.random.Generator):
-        kind: Any = type(node.bit_generator)
-        return lambda key: setattr(node.bit_generator, "state", kind(key).state)
-    if isinstance(node, np.random.RandomState):
-        return lambda key: node.seed(key & 0xFFFFFFFF)
-    if isinstance(node, torch.Generator):
-        return lambda key: [node.manual_seed(key)].clear()
-    return node.seed if isinstance(node, random.Random) else None
-
-
-def _parts_of(node: Any) -> list[Any]:
-    """What an object holds, where that is not a lot."""
-    if isinstance(node, list | tuple):
-        return list(node) if len(node) <= _LOOK_WIDTH else []
-    if isinstance(node, Mapping):
-        return list(node.values()) if len(node) <= _LOOK_WIDTH else []
-    if isinstance(node, type | ModuleType | torch.Tensor | Path):
-        return []
-    return list(getattr(node, "__dict__", {}).values())

@@ -19,8 +19,9 @@ import torch
 
 from stoker.data.batch import map_tree
 from stoker.data.collating import Allocate, CollateError, collate
+from stoker.data.generators import generators_of, reseed
 from stoker.data.pool import Pool
-from stoker.data.reader import Collate, Skipped, generators_in
+from stoker.data.reader import Collate, Skipped
 from stoker.data.seeding import COLLATE, SAMPLE, fold, seed_all
 from stoker.errors import UserError
 
@@ -99,8 +100,8 @@ class Lane:
         key = fold(*self._key, SAMPLE, self._epoch, -1)
         seed_all(key)
         if not type(dataset).__module__.startswith("datasets."):  # Hugging Face's are functions of seed and epoch
-            for reseed in generators_in(dataset):
-                reseed(key)
+            for generator in generators_of(dataset):
+                reseed(generator, key)
         if state is not None and "dataset" in state:
             dataset.load_state_dict(state["dataset"])
         self._iterator = iter(dataset)

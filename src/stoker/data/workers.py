@@ -16,7 +16,7 @@ from stoker.data.order import Batches
 from stoker.data.pool import Pool, Work
 from stoker.data.reader import Reader
 
-_BUDGET_S = 4.0  # for everything
+_BUDGET_S = 4.0  # after which no further number is tried
 _WINDOW_S = 0.35  # for each number of workers
 _CHUNK_S = 0.02  # of reading: what a worker is asked for at a time, so that slow samples fit into a window
 _LONG_STEP_S = 0.25  # a step longer than this is not rehearsed: arithmetic does
@@ -92,8 +92,9 @@ class _Probe:
             took, cpu_s = time.perf_counter() - began, time.process_time() - cpu
             counted = len(samples) - known
         whole = [samples[i % len(samples)] for i in range(self.batch_size)]
+        self.reader.join(epoch, indices, whole, allocate)  # the first one faults its pages in
         began = time.perf_counter()
-        batch = self.reader.join(epoch, indices, whole, allocate)
+        batch = self.reader.join(epoch, indices, whole, None)
         return Reading(max(took / counted, 1e-8), time.perf_counter() - began, cpu_s / max(took, 1e-9), batch)
 
 
@@ -133,25 +134,27 @@ def choose_workers(
     rates = {0: batch_size / (step_s + read_s)}
     enough = _NEAR * batch_size / step_s  # the device is busy
     most = machine().cpus if alone.cpu_share > 0.5 else _MOST  # more than the cores only take them from one another
+    needed = max(1, min(math.ceil(read_s / step_s / _NEAR), most))
     if rates[0] < enough and step_s > _LONG_STEP_S:
-        workers = min(math.ceil(read_s / step_s / _NEAR), most)
-        return Choice(workers, read_s, alone.cpu_share, step_s, rates, time.perf_counter() - began)
+        return Choice(needed, read_s, alone.cpu_share, step_s, rates, time.perf_counter() - began)
     chunk = max(1, min(batch_size, round(_CHUNK_S / alone.sample_s)))
-    for workers in sorted({min(2**i, most) for i in range(most.bit_length() + 1)}):
-        spent = time.perf_counter() - began
-        if max(rates.values()) >= enough or spent + 2 * _WINDOW_S > _BUDGET_S or _levelled(rates):
-            break
+
+    def rate(workers: int) -> float:
         with _pool(_Chunk(reader), chunks.of(chunk), workers, loader, reader) as pool:
-            rates[workers] = _together(pool, chunk, batch_size, step, settle, alone.batch)
+            found = rates[workers] = _together(pool, chunk, batch_size, step, settle, alone.batch)
+        return found
+
+    if rates[0] < enough:
+        workers = needed
+        if rate(workers) < enough and workers < most:
+            rate(min(2 * workers, most))
+        # Then ever fewer, as long as that costs nothing.
+        while workers > 1 and rates[workers] >= _NEAR * max(rates.values()) and time.perf_counter() - began < _BUDGET_S:
+            workers = -(-workers // 2)
+            rate(workers)
     best = max(rates.values())
     chosen = min(workers for workers, rate in rates.items() if rate >= _NEAR * best)
     return Choice(chosen, read_s, alone.cpu_share, step_s, rates, time.perf_counter() - began)
-
-
-def _levelled(rates: dict[int, float]) -> bool:
-    """Whether twice as many workers brought nothing, twice."""
-    last = [rates[workers] for workers in sorted(rates)[-3:]]
-    return len(last) == 3 and min(rates) == 0 and len(rates) > 3 and max(last[1:]) < last[0] / _NEAR
 
 
 class _Chunks:

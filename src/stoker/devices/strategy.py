@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from stoker.data.batch import map_tree
+from stoker.data.feeds import Feed
+from stoker.devices.sidestream import SideStream
 from stoker.errors import UserError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +27,10 @@ class Strategy(Protocol):
 
     def place(self, batch: Any) -> Any:
         """Move this process's share of a (micro)batch to its device."""
+        ...
+
+    def ahead(self, feed: Feed) -> Feed:
+        """Return a feed whose batches are on their way to the device before they are asked for."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -60,6 +66,10 @@ class Single:
         if self.device.type == "cpu":
             return batch
         return map_tree(lambda x: x.to(self.device, non_blocking=True) if hasattr(x, "to") else x, batch)
+
+    def ahead(self, feed: Feed) -> Feed:
+        """Copy on a stream of its own, where there is CUDA."""
+        return SideStream(feed, self.device) if self.device.type == "cuda" else feed
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]
