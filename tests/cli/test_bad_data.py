@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401  (optimizers import it: once here instead of once in every child)
+import torchvision.transforms.v2  # noqa: F401
 
 from tests.laws.runs import run
 
