@@ -130,7 +130,7 @@ def test_adult_is_a_recipe_of_25_lines() -> None:
 
 
 def test_adult_reaches_an_error_of_15_percent(tmp_path: Path, shared_data: Path) -> None:
-    """On the test file, which nothing was chosen by. Answering "nobody" is wrong for 23.6 % of it."""
+    """On the test file; answering "nobody" is wrong for 23.6 % of it."""
     case = next(case for case in CASES if case.name == "adult")
     run = stoker.fit(recipe_of(case, {"data": str(shared_data)}), epochs=6, out=tmp_path / "run", quiet=True)
     error = open_run(run.dir).evaluate("test")["test/error"]
