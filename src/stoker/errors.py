@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _SOURCE = str(Path(__file__).parent)
-_LIBRARIES = (str(Path(traceback.__file__).parent), "site-packages", "dist-packages", "<frozen")
+LIBRARIES = (str(Path(traceback.__file__).parent), "site-packages", "dist-packages", "<frozen")
 
 # Where stoker calls the recipe's own model, loss, step, optimizer and metrics.
 _BOUNDARIES = {"forward_backward", "score_batch", "build_model", "_live", "outputs", "join", "_get", "_advance"}
@@ -51,16 +51,20 @@ def trail(error: BaseException) -> list[str]:
 
 
 def _is_users(frame: traceback.FrameSummary) -> bool:
-    return not frame.filename.startswith(_SOURCE) and not any(part in frame.filename for part in _LIBRARIES)
+    return not frame.filename.startswith(_SOURCE) and not any(part in frame.filename for part in LIBRARIES)
 
 
 def told(error: BaseException, doing: str) -> UserError:
     """Message for an exception out of the user's own code."""
     if isinstance(error, SyntaxError) and error.filename:
         return UserError(f"{error.filename}:{error.lineno}: {error.msg}", why=(error.text or "").strip())
+    try:
+        words = str(error)
+    except Exception:  # the class is the user's, and so may be its faults
+        words = "(its message cannot be shown)"
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     where = "\n          ".join(trail(error))
-    return UserError(f"{doing} raised {type(error).__name__}: {error}{notes}", why=f"at {where}" if where else "")
+    return UserError(f"{doing} raised {type(error).__name__}: {words}{notes}", why=f"at {where}" if where else "")
 
 
 def recipes_fault(error: BaseException) -> UserError | None:

@@ -415,7 +415,7 @@ def save(s: Session, *, interim: bool = False) -> None:
                 f"{path} still holds the graph of its batch",
                 remedy='return {"carry": state.detach()} from step',
             )
-    s.state.stream = s.feed.state() if progress.batch else None
+    s.state.stream = s.feed.state()
     s.record.save(s.state, s.metrics, interim=interim)
     s.saved_step = progress.step
 

@@ -418,10 +418,12 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_at_work(number: signal.Sig
 
 
 def test_workers_outlive_the_thread_that_first_asked() -> None:
-    with pool(stacked, [(i, 10) for i in range(90)]) as results, ThreadPoolExecutor(1) as thread:
-        assert thread.submit(next, results).result()[0] == 0
-        thread.shutdown()
-        assert [int(batch[0]) for batch in results] == list(range(1, 90))
+    feed = reading(lambda index: gently(index, 0.01)).feed(0, workers=2)
+    batches = feed.epoch(0)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(next, batches).result()[0].tolist() == [0, 1]
+    assert [batch.tolist() for batch, _ in batches] == [[i, i + 1] for i in range(2, 64, 2)]
+    feed.close()
 
 
 def test_workers_go_when_the_main_process_is_killed(tmp_path: Path) -> None:

@@ -147,7 +147,11 @@ class WorkerFeed(Positional):
             self._pool = Pool(_Read(self._reader), tasks, self._workers, self._timeout_s, self._reader.name)
         count = self._batches.count(self._seed, epoch)
         for i in range(start, count):
-            portion = next(self._pool)
+            try:
+                portion = next(self._pool)
+            except BaseException:
+                self.close()  # whoever asks for this batch again shall get it, or its error
+                raise
             last = i == count - 1
             following = epoch if self._repeat else epoch + 1
             self._next = (following, 0) if last else (epoch, i + 1)

@@ -4,8 +4,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ def _parts_of(node: Any) -> list[Any]:
         return list(node.values()) if len(node) <= _WIDTH else []
     if isinstance(node, type | ModuleType | torch.Tensor | Path):
         return []
+    if isinstance(node, partial):
+        return [node.func, *node.args, *node.keywords.values()]
+    if isinstance(node, MethodType):
+        return [node.__self__]
+    if isinstance(node, FunctionType):
+        cells = [cell.cell_contents for cell in node.__closure__ or () if cell != CellType()]
+        return [*cells, *(node.__defaults__ or ()), *vars(node).values()]
     return list(getattr(node, "__dict__", {}).values())
 
 

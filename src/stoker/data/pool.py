@@ -5,6 +5,7 @@ no signal handler: it waits on the sockets and on the processes' ends at once, a
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -19,19 +20,19 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 
 from stoker.data.collating import Allocate
 from stoker.data.reader import Failure
-from stoker.data.regions import MemoryReader, Region, Writer, available
-from stoker.errors import UserError
+from stoker.data.regions import MemoryReader, Writer, available
+from stoker.errors import LIBRARIES, UserError
 
 _HERE = str(Path(__file__).parent)
+_LONG = 1 << 15  # bytes of a task that might not fit into a socket beside another
 _AHEAD = 2  # tasks a worker has at hand: one it works on, one that waits
 _LOOK_S = 0.5  # between looks at workers that do not answer
-_PARENT_S = 5.0  # between a worker's looks for its parent
 _LEAVE_S = 0.5  # that a worker is given to finish what it reads, when it is dismissed
 
 
@@ -43,6 +44,15 @@ class Work(Protocol):
         ...
 
 
+class _Inherited(NamedTuple):
+    """What a forked worker has from its parent; a spawned one has none of it."""
+
+    memory: int | None
+    slots: list[int]
+    others: list[Connection]  # which it must not keep open
+    stacks: IO[bytes] | None
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -50,8 +60,11 @@ class _Worker:
     memory: MemoryReader
     board: Any
     stacks: IO[bytes]
-    tasks: int = 0  # given and not answered
-    seen: tuple[int, float] = (-1, 0.0)  # the board's count, and when it last changed
+    slots: list[int]  # memory files for long tasks, one for each that a worker has at hand
+    given: int = 0  # tasks so far,
+    tasks: int = 0  # and those of them that are not answered
+    seen: int = -1  # the board's count when it was last looked at,
+    stalled_s: float = 0.0  # and for how long the main process has since been waiting for nothing
 
 
 @dataclass
@@ -94,12 +107,14 @@ class Pool:
         fd = os.memfd_create("stoker batches") if available() else None
         board = context.RawArray("q", 3)
         stacks = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
-        others = [worker.connection for worker in self._team] + [ours]  # a worker must not keep them open
-        arguments = (self.work, theirs, others if available() else [], fd, board, stacks if available() else None)
+        others = [worker.connection for worker in self._team] + [ours]
+        slots = [os.memfd_create("stoker tasks") for _ in range(_AHEAD if available() else 0)]
+        inherited = _Inherited(fd, slots, others if available() else [], stacks if available() else None)
+        arguments = (self.work, theirs, board, inherited)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours, MemoryReader(fd), board, stacks)
+        return _Worker(process, ours, MemoryReader(fd), board, stacks, slots)
 
     def __iter__(self) -> "Pool":
         return self
@@ -126,15 +141,23 @@ class Pool:
                 self._exhausted = True
                 return
             with contextlib.suppress(BrokenPipeError):  # it has ended: told when its answer is waited for
-                worker.connection.send((self._issued, task, worker.memory.released()))
-            worker.tasks += 1
-            worker.seen = (worker.seen[0], time.monotonic()) if worker.tasks == 1 else worker.seen
+                self._hand(worker, task)
+            worker.given, worker.tasks = worker.given + 1, worker.tasks + 1
             self._issued += 1
+
+    def _hand(self, worker: _Worker, task: Any) -> None:
+        """Send a task; one that the socket might not hold, and block this process on, goes into a memory file."""
+        data = pickle.dumps((task, worker.memory.released()), pickle.HIGHEST_PROTOCOL)
+        slot = None
+        if worker.slots and len(data) > _LONG:
+            slot = worker.given % _AHEAD
+            os.pwrite(worker.slots[slot], data, 0)
+        worker.connection.send((self._issued, slot, len(data) if slot is not None else data))
 
     def _wait(self) -> None:
         by_connection = {worker.connection: worker for worker in self._team}
-        began = time.monotonic()
-        ready = wait(list(by_connection), timeout=_LOOK_S)
+        look_s = min(_LOOK_S, self.timeout_s / 4)
+        ready = wait(list(by_connection), timeout=look_s)
         for connection in ready:
             worker = by_connection[connection]  # type: ignore[index]
             try:
@@ -143,17 +166,13 @@ class Pool:
                 raise self._ended(worker) from None
             self._done[number] = worker.memory.load(data, regions)
             worker.tasks -= 1
-        asleep = time.monotonic() - began > 4 * _LOOK_S  # this process was stopped, and the workers may have been
-        if not ready:
-            for worker in self._team:
-                self._watch(worker, asleep)
-
-    def _watch(self, worker: _Worker, asleep: bool) -> None:
-        count, now = worker.board[2], time.monotonic()
-        if not worker.tasks or count != worker.seen[0] or asleep:
-            worker.seen = (count, now)
-        elif now - worker.seen[1] > self.timeout_s:
-            raise self._hangs(worker)
+        for worker in self._team if not ready else ():
+            # Only this process's waiting counts: while it was busy or stopped, its workers may have been stopped.
+            count = worker.board[2]
+            worker.stalled_s = worker.stalled_s + look_s if worker.tasks and count == worker.seen else 0.0
+            worker.seen = count
+            if worker.stalled_s > self.timeout_s:
+                raise self._hangs(worker)
 
     def _ended(self, worker: _Worker) -> UserError:
         worker.process.join(5)
@@ -171,10 +190,11 @@ class Pool:
     def _hangs(self, worker: _Worker) -> UserError:
         pid = worker.process.pid
         assert pid is not None
+        reading = self._reading(worker)  # before the signal, which may wake it
         stopped = _state_of(pid) == "T"
         stack = "" if stopped else _ask_for_stack(worker, pid)
         return UserError(
-            f"a data worker (process {pid}) has been reading {self._reading(worker)} for {self.timeout_s:g} s",
+            f"a data worker (process {pid}) has been reading {reading} for {self.timeout_s:g} s",
             why=f"the process is stopped: `kill -CONT {pid}` lets it go on" if stopped else stack,
             remedy="Loader(timeout_s=...) sets how long a sample may take; resume once the cause is mended",
         )
@@ -200,34 +220,41 @@ def _dismiss(team: list[_Worker]) -> None:
         worker.process.close()
         worker.stacks.close()
         worker.memory.close()
+        for slot in worker.slots:
+            os.close(slot)
     team.clear()
 
 
-def _serve(
-    work: Work, connection: Connection, others: list[Connection], fd: int | None, board: Any, stacks: Any
-) -> None:
+def _serve(work: Work, connection: Connection, board: Any, inherited: _Inherited) -> None:
     """A worker's life: ends with its parent, or when the parent hangs up."""
-    for other in others:
+    for other in inherited.others:
         other.close()
+    _end_with_parent()
     _leave_signals_to_parent()
-    if stacks is not None:
-        faulthandler.enable(stacks)
-        faulthandler.register(signal.SIGUSR2, stacks)
+    if inherited.stacks is not None:
+        faulthandler.enable(inherited.stacks)
+        faulthandler.register(signal.SIGUSR2, inherited.stacks)
     torch.set_num_threads(1)  # the workers are the parallelism
-    writer, parent = Writer(fd), os.getppid()
-    released: list[Region]
+    writer = Writer(inherited.memory)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            while not connection.poll(_PARENT_S):
-                if os.getppid() != parent:
-                    return
-            number, task, released = connection.recv()
+            number, slot, data = connection.recv()
+            task, released = pickle.loads(os.pread(inherited.slots[slot], data, 0) if slot is not None else data)
             writer.begin(released)
             try:
                 result = writer.dump(work(task, writer.allocate, board))
-            except Exception as error:
+            except BaseException as error:  # a data set may raise anything, SystemExit too
                 result = writer.dump(Failure.of(error))
             connection.send_bytes(pickle.dumps((number, *result), pickle.HIGHEST_PROTOCOL))
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the thread that made it ends, however that comes (Linux)."""
+    if available():
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 def _leave_signals_to_parent() -> None:
@@ -260,4 +287,6 @@ def _stack_of(worker: _Worker) -> str:
     worker.stacks.seek(0)
     lines = worker.stacks.read().decode(errors="replace").splitlines()
     frames = [line.strip() for line in lines if line.strip().startswith("File")]  # innermost first
-    return "\n          ".join(list(takewhile(lambda line: _HERE not in line, frames))[:8])
+    inner = list(takewhile(lambda line: _HERE not in line, frames))
+    own = [line for line in inner[3:] if not any(place in line for place in LIBRARIES)]
+    return "\n          ".join(inner[:3] + own[:5])

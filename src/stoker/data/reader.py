@@ -184,7 +184,7 @@ class Reader:
             board[1], board[2] = index, board[2] + 1
             try:
                 samples.append(dataset[index])
-            except Exception as error:
+            except BaseException as error:
                 error.add_note(f"while reading {self.name(index)} in epoch {epoch}")
                 if isinstance(error, UserError) and f"sample {index}" not in error.what:
                     where = f" ({self.name(index)}, epoch {epoch})"

@@ -8,7 +8,7 @@ import copy
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, repeat
@@ -28,6 +28,7 @@ from stoker.errors import UserError
 _PRINT_BYTES = 4096  # of each tensor of a sample, that its fingerprint covers
 Augment = Callable[[Any], Any]
 
+_END = object()
 _ESTIMATE_S = 0.5  # of reading again, before it is said how long the rest will take
 
 
@@ -37,7 +38,7 @@ class Place:
 
     position: int = 0  # samples read in the epoch
     shard: int = 0  # of the lane's
-    dataset: Any = None  # the data set's own state_dict, if it has one
+    state: Any = None  # the data set's own state_dict, or its iterator's, if they have one
     following: int | None = None  # fingerprint of the next sample; None at the end
 
     def tree(self) -> dict[str, Any]:
@@ -63,6 +64,7 @@ class Lane:
         self._iterator: Iterator[Any] = iter(())
         self._epoch = 0
         self._place = Place()
+        self._generators: list[Any] = []
         self._next: Any = None
         self.ended = False
 
@@ -75,64 +77,68 @@ class Lane:
         self._epoch, self.ended = epoch, False
         if place is None:
             self._begin(0, 0)
-            self._advance()
             return
-        self._begin(place.shard, place.position, place.dataset)
-        self._advance()
-        if place.dataset is not None and self._place.following != place.following and not trust:
+        if place.state is not None:
+            untouched = _copy_of(self._parts[place.shard])
+            self._begin(place.shard, place.position, place.state)
+            if trust or self._place.following == place.following:
+                return
             print(f"stoker: the state_dict of {self._name} does not go on where it was saved", file=sys.stderr)
-            place = Place(place.position, 0, None, place.following)
-        if place.dataset is None:
-            self._begin(0, 0)
-            self._advance()
-            self._read_again(place.position)
-            if self._place.following != place.following and not trust:
-                raise UserError(
-                    f"{self._name} gave other samples when it was read again up to position {place.position}",
-                    why="the run would not go on where it was: the order must be a function of the epoch (set_epoch)",
-                    remedy="give the data set state_dict() and load_state_dict(); --force goes on with what comes",
-                )
+            self._parts[place.shard] = untouched
+        self._begin(0, 0)
+        self._read_again(place.position)
+        if not trust and self._place.following != place.following:
+            raise UserError(
+                f"{self._name} gave other samples when it was read again up to position {place.position}",
+                why="the run would not go on where it was: the order must be a function of the epoch (set_epoch)",
+                remedy="give the data set state_dict() and load_state_dict(); --force goes on with what comes",
+            )
 
     def _begin(self, shard: int, position: int, state: Any = None) -> None:
+        """Open a shard, at a state of its own where one is given, and read the sample that comes next."""
+        self._open(shard, position, state or {})
+        self._advance()
+
+    def _open(self, shard: int, position: int, state: Mapping[str, Any]) -> None:
         dataset = self._parts[shard]
+        self.ended, self._place = False, Place(position, shard)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self._epoch)
-        key = fold(*self._key, SAMPLE, self._epoch, -1)
-        seed_all(key)
-        if not type(dataset).__module__.startswith("datasets."):  # Hugging Face's are functions of seed and epoch
-            for generator in generators_of(dataset):
-                reseed(generator, key)
-        if state is not None and "dataset" in state:
+        # Hugging Face's generators are functions of seed and epoch, and copied before they are drawn from.
+        foreign = type(dataset).__module__.startswith("datasets.")
+        self._generators = generators_of(self._augment if foreign else (dataset, self._augment))
+        self._seed(-1 - shard)
+        if "dataset" in state:
             dataset.load_state_dict(state["dataset"])
         self._iterator = iter(dataset)
-        if state is not None and "iterator" in state:
+        if "iterator" in state:
             self._iterator.load_state_dict(state["iterator"])  # type: ignore[attr-defined]
-        self._place = Place(position, shard)
+
+    def _seed(self, position: int) -> None:
+        """Seed all generators by position: steps reseed them in between, and a replay draws what was drawn before."""
+        key = fold(*self._key, SAMPLE, self._epoch, position)
+        seed_all(key)
+        for generator in self._generators:
+            reseed(generator, key)
 
     def _advance(self) -> None:
         """Note where the lane stands, then read the sample that comes next."""
         shard, position = self._place.shard, self._place.position
-        while True:
-            state = self._state()
-            self._board[0], self._board[1], self._board[2] = self._epoch, position, self._board[2] + 1
-            # Steps reseed the generators in between; keyed by position, a replay draws what the first reading drew.
-            seed_all(fold(*self._key, SAMPLE, self._epoch, position))
-            try:
-                found = next(self._iterator)
-                self._next = found if self._augment is None else self._augment(found)
-            except StopIteration:
-                shard += 1
-                if shard < len(self._parts):
-                    self._begin(shard, position)
-                    continue
-                self._next, self.ended = None, True
-                self._place = Place(position, shard - 1, state, None)
-                return
-            except Exception as error:
-                error.add_note(f"while reading position {position} of {self._name} in epoch {self._epoch}")
-                raise
+        state = self._state()
+        self._board[0], self._board[1], self._board[2] = self._epoch, position, self._board[2] + 1
+        self._seed(position)
+        try:
+            found = next(self._iterator, _END)
+            self._next = found if found is _END or self._augment is None else self._augment(found)
+        except Exception as error:
+            error.add_note(f"while reading position {position} of {self._name} in epoch {self._epoch}")
+            raise
+        if found is not _END:
             self._place = Place(position, shard, state, fingerprint(self._next))
-            return
+        elif shard + 1 < len(self._parts):
+            self._begin(shard + 1, position)
+        else:
+            self.ended, self._place = True, Place(position, shard, state, None)
 
     def _state(self) -> Any:
         dataset = self._parts[self._place.shard]
@@ -170,6 +176,14 @@ class Lane:
         return self._place
 
 
+def _copy_of(dataset: Any) -> Any:
+    """A data set as it is before a state is loaded into it; itself, where it cannot be copied."""
+    try:
+        return copy.deepcopy(dataset)
+    except Exception:  # an open file, say
+        return dataset
+
+
 def fingerprint(sample: Any) -> int:
     """Checksum of a sample's numbers and text, of the beginning of its tensors: tells other data, not tampering."""
     crc = 0
@@ -181,7 +195,7 @@ def fingerprint(sample: Any) -> int:
             crc = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), crc)
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
             crc = zlib.crc32(np.ascontiguousarray(leaf.reshape(-1)[:_PRINT_BYTES]).tobytes(), crc)
-        elif isinstance(leaf, str | bytes | int | float | bool):
+        elif isinstance(leaf, str | bytes | int | float | np.generic):
             crc = zlib.crc32(repr(leaf).encode("utf-8", "surrogatepass"), crc)
         return leaf
 
@@ -195,7 +209,8 @@ class Taken(NamedTuple):
     samples: Any  # a list for each lane; or the batch, where one reader has it all
     num_samples: int
     ended: bool  # nothing is left in this epoch
-    places: list[Place]
+    before: list[Place]  # where the lanes stood,
+    places: list[Place]  # and where they stand after it
 
 
 @dataclass(frozen=True)
@@ -207,7 +222,7 @@ class Finish:
     rank: int
     ranks: int
 
-    def __call__(self, samples: list[list[Any]], epoch: int, first: int, allocate: Allocate | None) -> Any:
+    def __call__(self, samples: list[list[Any]], epoch: int, number: int, allocate: Allocate | None) -> Any:
         flat = list(chain(*samples))
         start, stop = self.rank * len(flat) // self.ranks, (self.rank + 1) * len(flat) // self.ranks
         if start == stop:
@@ -215,10 +230,10 @@ class Finish:
         try:
             if getattr(self.collate, "__module__", "") == "stoker.data.collating":
                 return self.collate(flat[start:stop], allocate)  # type: ignore[call-arg]
-            seed_all(fold(self.seed, COLLATE, epoch, first + start))
+            seed_all(fold(self.seed, COLLATE, epoch, number, self.rank))
             return self.collate(flat[start:stop])
         except CollateError as error:
-            raise error.named(lambda row: f"sample {start + row} of the batch at position {first}") from error
+            raise error.named(lambda row: f"sample {start + row} of batch {number}") from error
 
 
 @dataclass
@@ -232,6 +247,7 @@ class Lanes:
     num_lanes: int
     seed: int
     epoch: int
+    number: int  # of the next batch
     places: list[Place] | None  # where to begin; None: at the epoch's beginning
     repeat: bool
     trust: bool
@@ -243,17 +259,18 @@ class Lanes:
         if not self._open:
             self._begin(board)
         samples: list[list[Any]] = []
-        places = [lane.place for lane in self._lanes]
+        before = [lane.place for lane in self._lanes]
         for lane, quota in zip(self._lanes, self.quotas, strict=True):
             samples.append([])
             while len(samples[-1]) < quota and not lane.ended:
                 samples[-1].append(lane.sample())
-        first, places = places[0].position, [lane.place for lane in self._lanes]
         ended = all(lane.ended for lane in self._lanes)
-        found = self.finish(samples, self.epoch, first, allocate) if self.finish else samples
-        taken = Taken(found, sum(map(len, samples)), ended, places)
+        found = self.finish(samples, self.epoch, self.number, allocate) if self.finish else samples
+        taken = Taken(found, sum(map(len, samples)), ended, before, [lane.place for lane in self._lanes])
+        self.number += 1
         if ended:
-            self.epoch, self.places, self._open = self.epoch if self.repeat else self.epoch + 1, None, False
+            self.epoch, self.number = self.epoch if self.repeat else self.epoch + 1, 0
+            self.places, self._open = None, False
         return taken
 
     def _begin(self, board: Any) -> None:
@@ -261,9 +278,8 @@ class Lanes:
             shards = self.dataset.num_shards if self.num_lanes > 1 else 1
             for number in self.mine:
                 key = (self.seed, number) if number else (self.seed,)
-                self._lanes.append(
-                    Lane(self.dataset, self.augment, range(number, shards, self.num_lanes), shards, key, board)
-                )
+                mine = range(number, shards, self.num_lanes)
+                self._lanes.append(Lane(self.dataset, self.augment, mine, shards, key, board))
         for i, lane in enumerate(self._lanes):
             lane.open(self.epoch, self.places[i] if self.places else None, trust=self.trust)
         self._open = True
@@ -278,6 +294,9 @@ class StreamFeed:
             from every lane that has samples left, and workers share the lanes.
         workers: 0 reads in this process, else up to one process for each lane.
         evaluation: every epoch is epoch 0.
+
+    Raises:
+        UserError: more lanes than a batch has samples.
     """
 
     def __init__(
@@ -296,6 +315,8 @@ class StreamFeed:
         timeout_s: float = 60.0,
         evaluation: bool = False,
     ) -> None:
+        if lanes > batch_size:
+            raise UserError(f"lanes={lanes} in batches of {batch_size}", remedy=f"lanes={batch_size} or fewer")
         self._dataset, self._batch_size, self._seed, self._drop_last = dataset, batch_size, seed, drop_last
         self._augment, self._num_lanes, self._workers = augment, lanes, min(workers, lanes)
         self._timeout_s, self._repeat = timeout_s, evaluation
@@ -304,82 +325,91 @@ class StreamFeed:
         self._quotas = [(i + 1) * batch_size // lanes - i * batch_size // lanes for i in range(lanes)]
         self._finish = Finish(collate_fn or collate, seed, rank, ranks)
         self.skipped: list[Skipped] = []
-        self._next: tuple[int, int] | None = None
-        self._places: list[Place] | None = None  # after the batch that was handed out last
-        self._restored: tuple[list[Place], bool] | None = None
+        self._at: tuple[int, int] | None = None  # epoch and batch that come next,
+        self._places: tuple[list[Place], bool] | None = None  # where that is, and whether to take it on trust
         self._sources: list[Callable[[], Taken]] = []
+        self._alive: dict[int, list[Place]] = {}  # sources that have samples left in the epoch,
+        self._ends: dict[int, list[Place]] = {}  # and where each of all of them stands
+        self._ahead: list[Taken] = []  # batches that were read and not handed out
         self._pools: list[Pool] = []
 
     def state(self) -> Any:
-        """Where the lanes stand after the last batch; None between epochs."""
-        return [place.tree() for place in self._places] if self._places is not None else None
+        """Where the lanes stand before the next batch, with what it will begin with; None before the first."""
+        if self._places is None and self._at is not None and not self._ahead:
+            self._ahead.append(self._take(*self._at))  # between two epochs
+        places = self._ahead[0].before if self._ahead else self._places[0] if self._places else None
+        return [place.tree() for place in places] if places else None
 
     def restore(self, state: Any, *, force: bool = False) -> None:
-        """Let the next epoch that does not begin at batch 0 go on where `state` was; `force`: whatever it finds."""
+        """Let the epoch that is asked for first go on where `state` was; `force`: whatever it finds."""
         if state is not None:
-            self._restored = [Place(**place) for place in state], force
+            self._places = [Place(**place) for place in state], force
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
         """Yield batches from batch `start` on; without a restored state, what is before it is read and dropped."""
-        if self._next != (epoch, start):
-            self.close()
-            self._start(epoch, start)
-        number, held = start, None
-        for taken, last in self._taken(epoch):
-            if last and start == 0 and number == 0 and taken.num_samples == 0:
-                raise UserError(f"the {type(self._dataset).__name__} yielded no sample in epoch {epoch}")
-            if not self._drop_last:
-                number += 1
-                yield self._hand_out(taken, last, epoch, number)
-                continue
-            short = last and taken.num_samples < self._batch_size
-            if held is not None:
-                number += 1
-                yield self._hand_out(held, short, epoch, number)
-            held = None if short else taken
-            if held is not None and last:
-                number += 1
-                yield self._hand_out(held, True, epoch, number)
+        if self._at is not None and self._at != (epoch, start):
+            self._places = None
+        if self._at != (epoch, start):
+            self._shut()
+        self._at, number, last = (epoch, start), start, False
+        while not last:
+            try:
+                batch, last = self._next(epoch, number)
+            except BaseException:
+                self._shut()  # whoever asks again shall not find the rest of a stream that broke
+                raise
+            if batch is None:
+                return
+            number += 1
+            self._at = ((epoch if self._repeat else epoch + 1), 0) if last else (epoch, number)
+            self._places = None if last else (batch.places, False)
+            yield batch.samples, last
 
-    def _hand_out(self, taken: Taken, last: bool, epoch: int, number: int) -> tuple[Any, bool]:
-        self._next = ((epoch if self._repeat else epoch + 1), 0) if last else (epoch, number)
-        self._places = None if last else taken.places
-        return taken.samples, last
+    def _next(self, epoch: int, number: int) -> tuple[Taken | None, bool]:
+        """The next batch and whether it is the epoch's last; None where the stream has no whole batch."""
+        taken = self._ahead.pop(0) if self._ahead else self._take(epoch, number)
+        if number == 0 and taken.ended and not taken.num_samples:
+            raise UserError(f"the {type(self._dataset).__name__} yielded no sample in epoch {epoch}")
+        if not self._drop_last or taken.ended:
+            return (None if self._drop_last and taken.num_samples < self._batch_size else taken), taken.ended
+        following = self._take(epoch, number + 1)
+        short = following.ended and following.num_samples < self._batch_size
+        if not short:
+            self._ahead.append(following)
+        return taken, short
 
-    def _taken(self, epoch: int) -> Iterator[tuple[Taken, bool]]:
-        """Batches of one epoch, each from all the lanes that have samples left."""
+    def _take(self, epoch: int, number: int) -> Taken:
+        """Read a batch from all the sources that have samples left in the epoch."""
+        if not self._sources:
+            self._open(epoch, number)
         if len(self._sources) == 1:
-            while True:
-                taken = self._sources[0]()
-                yield taken, taken.ended
-                if taken.ended:
-                    return
-        alive, places = dict(enumerate(self._sources)), [[Place()] * len(mine) for mine in self._dealt]
-        while alive:
-            samples, count, first = [], 0, places[0][0].position
-            for number, source in list(alive.items()):
-                taken = source()
-                samples += taken.samples
-                count += taken.num_samples
-                places[number] = taken.places
-                if taken.ended:
-                    del alive[number]
-            batch = self._finish(samples, epoch, first, None)
-            yield Taken(batch, count, not alive, list(chain(*places))), not alive
+            return self._sources[0]()
+        if not self._alive:
+            self._alive = {i: [Place()] * len(mine) for i, mine in enumerate(self._dealt)}
+            self._ends = dict(self._alive)
+        samples, count, before = [], 0, dict(self._ends)
+        for i in list(self._alive):
+            taken = self._sources[i]()
+            samples += taken.samples
+            count += taken.num_samples
+            before[i], self._ends[i] = taken.before, taken.places
+            if taken.ended:
+                del self._alive[i]
+        batch = self._finish(samples, epoch, number, None)
+        places = [list(chain(*(found[i] for i in range(len(self._dealt))))) for found in (before, self._ends)]
+        return Taken(batch, count, not self._alive, *places)
 
-    def _start(self, epoch: int, start: int) -> None:
+    def _open(self, epoch: int, number: int) -> None:
         """Open the readers where the run goes on: at a restored place, or by reading again what came before."""
-        places, trust = None, False
-        if start:
-            places, trust = self._restored or ([Place(start * quota) for quota in self._quotas], True)
-            self._restored = None
-            if len(places) != self._num_lanes:
-                raise UserError(
-                    f"the run read its stream in {len(places)} lanes, the recipe has lanes={self._num_lanes}",
-                    remedy=f"set lanes={len(places)} again",
-                )
+        places, trust = self._places or (None, False)
+        if places is None and number:
+            places, trust = [Place(number * quota) for quota in self._quotas], True
+        if places is not None and len(places) != self._num_lanes:
+            raise UserError(
+                f"the run read its stream in {len(places)} lanes, the recipe has lanes={self._num_lanes}",
+                remedy=f"set lanes={len(places)} again",
+            )
         for mine in self._dealt:
-            alone = len(self._dealt) == 1
             work = Lanes(
                 self._dataset,
                 self._augment,
@@ -388,10 +418,11 @@ class StreamFeed:
                 self._num_lanes,
                 self._seed,
                 epoch,
+                number,
                 [places[lane] for lane in mine] if places else None,
                 self._repeat,
                 trust,
-                self._finish if alone else None,
+                self._finish if len(self._dealt) == 1 else None,
             )
             if self._workers:
                 pool = Pool(work, repeat(()), 1, self._timeout_s, lambda position: f"the sample at position {position}")
@@ -400,9 +431,14 @@ class StreamFeed:
             else:
                 self._sources.append(partial(work, (), None, [0, 0, 0]))
 
-    def close(self) -> None:
-        """Release the workers."""
+    def _shut(self) -> None:
+        """Release the readers; what they have read ahead is read again."""
         pools, self._pools, self._sources = self._pools, [], []
+        self._alive, self._ahead = {}, []
         for pool in pools:
             pool.close()
-        self._next = None
+
+    def close(self) -> None:
+        """Release the workers."""
+        self._shut()
+        self._at = self._places = None
