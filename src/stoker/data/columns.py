@@ -65,9 +65,9 @@ def columns_of(dataset: Any) -> Columns | None:
         tree, values = list(dataset), list(dataset.values())
     else:
         return None
-    if not all(isinstance(value, torch.Tensor | np.ndarray) and value.ndim for value in values):
+    if not all((isinstance(value, torch.Tensor) and value.ndim) or _is_numbers(value) for value in values):
         return None
-    tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
+    tensors = [torch.from_numpy(_native(v)) if isinstance(v, np.ndarray) else v for v in values]
     lengths = {tensor.shape[0] for tensor in tensors}
     if len(lengths) > 1:
         raise UserError(
@@ -75,3 +75,29 @@ def columns_of(dataset: Any) -> Columns | None:
             remedy="give tensors whose first dimension is the sample",
         )
     return Columns(tree, tensors)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim > 0 and value.dtype.kind in "biufc"
+
+
+def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array as torch takes it: copied where it is read-only, reversed, or in the other byte order."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return native if native.flags.writeable and min(native.strides, default=0) >= 0 else native.copy()
+
+
+class Rows:
+    """Columns as a data set of samples."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return self._columns.num_rows
+
+    def __getitem__(self, index: int) -> Any:
+        row = self._columns.take(torch.tensor([index]))
+        if isinstance(row, list):
+            return tuple(part[0] for part in row)
+        return {name: part[0] for name, part in row.items()} if isinstance(row, dict) else row[0]

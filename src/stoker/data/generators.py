@@ -1,6 +1,7 @@
 """The random generators that a sample may draw from, and where they are in their sequences."""
 
 import random
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from stoker.data.fingerprint import fingerprint
 
 _KINDS = (np.random.Generator, np.random.RandomState, torch.Generator, random.Random)
-_DEPTH = 4  # how deep in a data set's attributes they are looked for,
-_WIDTH = 64  # and how long a list of them may be
+_DEPTH = 10  # how deep in a data set's attributes they are looked for,
+_WIDTH = 64  # how long a list of them may be,
+_VISITS = 5_000  # and how many objects are looked at
 
 
 def generators_of(dataset: Any) -> list[Any]:
@@ -27,9 +29,9 @@ def generators_of(dataset: Any) -> list[Any]:
     """
     found: list[Any] = []
     seen: set[int] = set()
-    pending = [(dataset, 0)]
-    while pending:
-        node, depth = pending.pop()
+    pending = deque([(dataset, 0)])
+    while pending and len(seen) < _VISITS:
+        node, depth = pending.popleft()
         if id(node) in seen:
             continue
         seen.add(id(node))
@@ -54,7 +56,9 @@ def _parts_of(node: Any) -> list[Any]:
     if isinstance(node, FunctionType):
         cells = [cell.cell_contents for cell in node.__closure__ or () if cell != CellType()]
         return [*cells, *(node.__defaults__ or ()), *vars(node).values()]
-    return list(getattr(node, "__dict__", {}).values())
+    slots = [name for kind in type(node).__mro__ for name in vars(kind).get("__slots__", ()) if isinstance(name, str)]
+    held = [getattr(node, name) for name in slots if not name.startswith("__") and hasattr(node, name)]
+    return [*getattr(node, "__dict__", {}).values(), *held]
 
 
 def reseed(generator: Any, key: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from stoker.data.batching import Bucketed, Sharded, balanced
-from stoker.data.columns import Columns, columns_of
+from stoker.data.columns import Columns, Rows, columns_of
 from stoker.data.feeds import Feed, SampleFeed, TensorFeed, WholeFeed, WorkerFeed
 from stoker.data.order import (
     Batches,
@@ -97,16 +97,17 @@ class Loader:
 
     def _check(self) -> None:
         rivals = {
-            "shuffle": self._shuffle,
+            "lengths": self._lengths is not None,
+            "shuffle": self._shuffle and self._lengths is None,
             "weights": self._weights is not None,
             "balance": self._balance is not None,
             "sampler": self._sampler is not None,
             "batch_sampler": self._batch_sampler is not None,
+            "batch_size": self.batches_itself and self.batch_size is not None,
+            "drop_last": self.batches_itself and self.drop_last,
         }
         given = [name for name, value in rivals.items() if value]
-        if self._lengths is not None and given in ([], ["shuffle"]):
-            given = ["lengths"]
-        if len(given) > 1 or (self._lengths is not None and given != ["lengths"]):
+        if len(given) > 1:
             raise UserError(f"Loader got {' and '.join(given)}", remedy="each decides the order: give one of them")
         self._check_words()
         if isinstance(self.dataset, DataLoader):
@@ -129,6 +130,8 @@ class Loader:
         for name, value in (("batch_size", self.batch_size), ("lanes", self.lanes)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if self.timeout_s <= 0:
+            raise UserError(f"timeout_s must be more than 0, got {self.timeout_s}")
         for name, word, words in (
             ("on_error", self._on_error, ("raise", "skip")),
             ("cache", self._cache_where, (None, "memory", "disk")),
@@ -164,15 +167,19 @@ class Loader:
 
     @cached_property
     def columns(self) -> Columns | None:
-        """The data as tensors, where it is that simple."""
-        simple = self.collate is None and self._augment is None and not self.iterable
-        return columns_of(self.dataset) if simple else None
+        """The data as tensors, where nothing but their rows is asked for."""
+        simple = self.collate is None and self._augment is None
+        return self._columns if simple else None
+
+    @cached_property
+    def _columns(self) -> Columns | None:
+        return None if self.iterable else columns_of(self.dataset)
 
     def __len__(self) -> int:
         """Return the number of samples in the dataset (map-style and tensors)."""
         if self.iterable:
             raise UserError(f"a {type(self.dataset).__name__} has no length")
-        return self.columns.num_rows if self.columns is not None else len(self.dataset)
+        return self._columns.num_rows if self._columns is not None else len(self.dataset)
 
     @property
     def batches_itself(self) -> bool:
@@ -224,8 +231,8 @@ class Loader:
         if given is not True:
             return given
         found = getattr(self.dataset, attribute, None)
-        if found is None and attribute == "targets" and self.columns is not None:
-            found = self.columns.last()
+        if found is None and attribute == "targets" and self._columns is not None:
+            found = self._columns.last()
         if found is None:
             argument = {"lengths": "lengths", "targets": "balance"}[attribute]
             raise UserError(
@@ -249,7 +256,8 @@ class Loader:
     @cached_property
     def source(self) -> Any:
         """The map-style data set as it is read: cached, and then augmented, where that was asked for."""
-        source = self.dataset
+        plain = self._columns is not None and not isinstance(self.dataset, Dataset)
+        source: Any = Rows(self._columns) if plain and self._columns is not None else self.dataset
         if self._cache_where is not None:
             from stoker.data.caching import cached
 

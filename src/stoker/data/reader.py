@@ -3,6 +3,7 @@
 import os
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -179,7 +180,8 @@ class Reader:
         board[0] = epoch
         if self._bulk is not None and len(indices) > 1:
             board[1], board[2] = indices[0], board[2] + 1
-            return list(self._bulk(list(indices)))
+            with suppress(Exception):  # which of them it was, reading one by one tells
+                return list(self._bulk(list(indices)))
         for index in indices:
             board[1], board[2] = index, board[2] + 1
             try:
@@ -195,9 +197,8 @@ class Reader:
 
 def file_of(dataset: Any, index: int) -> str | None:
     """File (and row) that a sample comes from, by the conventions of stoker's and torchvision's data sets."""
-    for _ in range(8):
-        inner = getattr(dataset, "dataset", None)
-        try:
+    with suppress(Exception):  # only a name for a message: whatever fails here must not hide the message
+        for _ in range(8):
             if callable(tell := getattr(dataset, "file_of", None)):
                 return str(tell(index))
             for attribute in ("samples", "imgs", "paths", "files", "filenames", "image_paths"):
@@ -207,11 +208,9 @@ def file_of(dataset: Any, index: int) -> str | None:
                     found = found[0] if isinstance(found, list | tuple) and found else found
                     if isinstance(found, str | os.PathLike):
                         return str(found)
-            if inner is not None and isinstance(indices := getattr(dataset, "indices", None), Sequence):
-                index = indices[index]
-        except Exception:  # only a name for a message: whatever fails here must not hide the message
-            return None
-        if inner is None:
-            return None
-        dataset = inner
+            inner, indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
+            if inner is None or (indices is None and len(inner) != len(dataset)):
+                return None
+            index = index if indices is None else int(indices[index])
+            dataset = inner
     return None
