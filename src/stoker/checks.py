@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from stoker.data.loader import Loader, check_source
 from stoker.data.shared_rows import shared_note
 from stoker.errors import UserError
@@ -105,3 +107,19 @@ def split_notes(recipe: Recipe) -> tuple[str, ...]:
     """Warnings about rows that are in more than one of the recipe's splits."""
     sources = {"train": recipe.train, "val": recipe.val, "test": recipe.test}
     return shared_note({name: s.dataset for name, s in sources.items() if isinstance(s, Loader) and not s.iterable})
+
+
+def mode_notes(model: nn.Module) -> tuple[str, ...]:
+    """A word on parts that are trained in eval mode, as `from_pretrained` returns them: they drop nothing out."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name == top or name.startswith(f"{top}.") for top in found)
+        if module.training or inside or not any(p.requires_grad for p in module.parameters()):
+            continue
+        kinds = {type(part).__name__ for part in module.modules() if not part.training}
+        if any("Dropout" in kind or "BatchNorm" in kind for kind in kinds):
+            found.append(name)
+    return tuple(
+        f"{name} is trained in eval mode, without dropout, batch norms fixed: {name}.train() in model= changes that"
+        for name in found
+    )

@@ -12,6 +12,7 @@ from stoker.checkpoint.store import Checkpoint
 from stoker.checks import (
     check_limits,
     global_batch_size,
+    mode_notes,
     refuse_changes,
     refuse_other_classes,
     refuse_split_carry,
@@ -365,9 +366,8 @@ def start(
         strategy = plan.open()
         state = build_state(recipe, strategy, limits, seed)
         refuse_split_carry(recipe, plan)
-        plan = replace(
-            plan, notes=plan.notes + split_notes(recipe) + partition_notes(state.model, plan, global_batch_size(recipe))
-        )
+        notes = plan.notes + split_notes(recipe) + mode_notes(state.model)
+        plan = replace(plan, notes=notes + partition_notes(state.model, plan, global_batch_size(recipe)))
         started = Started(folder, console_for(quiet), plan, state)
         checkpoint = take_over(started, limits)
         if not state.progress.finished:

@@ -130,3 +130,27 @@ def test_rows_in_two_splits_are_pointed_out(tmp_path: Path, capsys: pytest.Captu
     assert "3 of 8 val rows are also in train" in capsys.readouterr().err
     fit(tmp_path / "other", (x, y), (torch.randn(8, 2), y[:8]))
     assert "also in train" not in capsys.readouterr().err
+
+
+def test_parts_that_are_trained_in_eval_mode_are_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `from_pretrained` returns an encoder; frozen ones, and those without such layers, are as they should be."""
+    model = nn.ModuleDict(
+        {
+            "trained": nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval(),
+            "frozen": nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval().requires_grad_(False),
+            "plain": nn.Linear(2, 2).eval(),
+            "head": nn.Linear(2, 2),
+        }
+    )
+    recipe = stoker.Recipe(
+        model=model,
+        step=lambda model, batch: model["head"](model["trained"](batch[0])).mean(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        train=stoker.Loader((torch.randn(8, 2), torch.zeros(8)), 4),
+    )
+    stoker.fit(recipe, steps=1, out=tmp_path / "run", quiet=True)
+    said = capsys.readouterr().err
+    assert "trained is trained in eval mode" in said
+    assert said.count("eval mode") == 1

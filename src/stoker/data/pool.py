@@ -5,13 +5,13 @@ no signal handler: it waits on the sockets and on the processes' ends at once, a
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -162,7 +162,7 @@ class Pool:
             worker = by_connection[connection]  # type: ignore[index]
             try:
                 number, data, regions = pickle.loads(worker.connection.recv_bytes())
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):
                 raise self._ended(worker) from None
             self._done[number] = worker.memory.load(data, regions)
             worker.tasks -= 1
@@ -195,7 +195,7 @@ class Pool:
         stack = "" if stopped else _ask_for_stack(worker, pid)
         return UserError(
             f"a data worker (process {pid}) has been reading {reading} for {self.timeout_s:g} s",
-            why=f"the process is stopped: `kill -CONT {pid}` lets it go on" if stopped else stack,
+            why="the process is stopped, by a SIGSTOP" if stopped else stack,
             remedy="Loader(timeout_s=...) sets how long a sample may take; resume once the cause is mended",
         )
 
@@ -210,6 +210,9 @@ class Pool:
 
 def _dismiss(team: list[_Worker]) -> None:
     for worker in team:
+        with contextlib.suppress(OSError):  # it has ended, or has no room for another word
+            os.set_blocking(worker.connection.fileno(), False)
+            worker.connection.send(None)  # to close is not enough: workers of younger pools hold the other end too
         worker.connection.close()
     deadline = time.monotonic() + _LEAVE_S
     for worker in team:
@@ -238,7 +241,10 @@ def _serve(work: Work, connection: Connection, board: Any, inherited: _Inherited
     writer = Writer(inherited.memory)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            number, slot, data = connection.recv()
+            message = connection.recv()
+            if message is None:
+                return
+            number, slot, data = message
             task, released = pickle.loads(os.pread(inherited.slots[slot], data, 0) if slot is not None else data)
             writer.begin(released)
             try:
@@ -249,12 +255,16 @@ def _serve(work: Work, connection: Connection, board: Any, inherited: _Inherited
 
 
 def _end_with_parent() -> None:
-    """Let the kernel end this process when the thread that made it ends, however that comes (Linux)."""
-    if available():
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """End this process when its parent does, however that comes, and whatever a sample is waiting for."""
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
         os._exit(1)
+
+    # Not the kernel's PR_SET_PDEATHSIG: it means the end of the thread that forked, which a run may outlive.
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _leave_signals_to_parent() -> None:
@@ -285,8 +295,9 @@ def _ask_for_stack(worker: _Worker, pid: int) -> str:
 
 def _stack_of(worker: _Worker) -> str:
     worker.stacks.seek(0)
-    lines = worker.stacks.read().decode(errors="replace").splitlines()
-    frames = [line.strip() for line in lines if line.strip().startswith("File")]  # innermost first
+    threads = worker.stacks.read().decode(errors="replace").split("(most recent call first)")
+    serving = next((text for text in threads if f'{_HERE}/pool.py"' in text and "_serve" in text), "")
+    frames = [line.strip() for line in serving.splitlines() if line.strip().startswith("File")]  # innermost first
     inner = list(takewhile(lambda line: _HERE not in line, frames))
     own = [line for line in inner[3:] if not any(place in line for place in LIBRARIES)]
     return "\n          ".join(inner[:3] + own[:5])

@@ -20,6 +20,7 @@ import torch
 _SMALL = 1 << 14  # bytes; a tensor below it travels in the message: kept labels must not keep images
 _SEGMENT = 1 << 24  # bytes, at least, by which a file grows: a mapping each, and so a file descriptor
 _MESSAGE = 1 << 15  # bytes of a message; a worker sends two before it waits
+_SPARE = 4  # batches as large as the largest, for which memory may lie idle
 _WASTE = 2  # a region is used again for tensors down to this part of its size
 
 
@@ -69,6 +70,8 @@ class Writer:
         self._segments = Segments(fd) if fd is not None else None
         self._end = self._size = self._used = 0  # of the file; of its last segment; how much of that is given out
         self._free: list[Region] = []
+        self._empty: set[Region] = set()  # free, and without pages
+        self._largest = 0  # bytes of the largest batch
         self._begun: dict[int, tuple[Region, torch.Tensor]] = {}  # by address, of the batch at hand
         self._sent: dict[Region, int] = {}  # of the batch at hand: its place in the message
 
@@ -76,7 +79,17 @@ class Writer:
         """Take back regions, and those that were allocated for the last batch but are not part of it."""
         self._free += released
         self._free += [region for region, _ in self._begun.values() if region not in self._sent]
+        self._largest = max(self._largest, sum(region.size for region, _ in self._begun.values()))
         self._begun, self._sent = {}, {}
+        if sum(region.size for region in self._free if region not in self._empty) > _SPARE * self._largest:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Return the pages of regions that are of no use now: batches that vary in size leave them behind."""
+        for region in self._free:
+            if region not in self._empty and self._segments is not None:
+                self._segments.of(region).madvise(mmap.MADV_REMOVE, region.offset, region.size)
+                self._empty.add(region)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for a tensor of the batch at hand."""
@@ -93,6 +106,7 @@ class Writer:
         if fitting:
             region = min(fitting, key=lambda r: r.size)
             self._free.remove(region)
+            self._empty.discard(region)
             return region
         size = -(-(num_bytes + num_bytes // 8) // mmap.PAGESIZE) * mmap.PAGESIZE  # the next may be a little larger
         if self._used + size > self._size:
