@@ -20,7 +20,7 @@ _BUDGET_S = 4.0  # after which no further number is tried
 _WINDOW_S = 0.35  # for each number of workers
 _CHUNK_S = 0.02  # of reading: what a worker is asked for at a time, so that slow samples fit into a window
 _LONG_STEP_S = 0.25  # a step longer than this is not rehearsed: arithmetic does
-_PROBED = 512  # samples, at most, that one worker reads first
+_PROBED = 4096  # samples, at most, that one worker reads first
 _NEAR = 0.95  # of the best rate is as good: the fewest workers that reach it are taken
 _MOST = 32  # workers
 
@@ -76,26 +76,22 @@ class _Probe:
     def __call__(self, task: tuple[int, list[int]], allocate: Allocate, board: Any) -> Reading:
         epoch, indices = task
         self.reader.board = board
-        began, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         samples = list(self.reader.read(epoch, indices[:1])[0])
-        took, cpu_s, counted = time.perf_counter() - began, time.process_time() - cpu, 1
-        if took < _WINDOW_S:  # else that will have to do; usually, the first one opens files and imports modules
+        took, readings = time.perf_counter() - start, list[float]()
+        size = max(1, min(self.batch_size, int(_CHUNK_S / took)))  # as a batch is read, where samples are quick
+        while time.perf_counter() - start < _WINDOW_S:
+            at = 1 + len(readings) * size % max(len(indices) - size, 1)
             began = time.perf_counter()
-            samples += self.reader.read(epoch, indices[1:2])[0]
-            at_once = int(_CHUNK_S / (time.perf_counter() - began))
-            began, cpu, known = time.perf_counter(), time.process_time(), len(samples)
-            step = max(1, min(self.batch_size, at_once))  # as a batch is read, where samples are quick
-            for first in range(2, len(indices), step):
-                samples += self.reader.read(epoch, indices[first : first + step])[0]
-                if time.perf_counter() - began > _WINDOW_S:
-                    break
-            took, cpu_s = time.perf_counter() - began, time.process_time() - cpu
-            counted = len(samples) - known
+            read = self.reader.read(epoch, indices[at : at + size])[0]
+            readings.append((time.perf_counter() - began) / len(read))
+            samples = (samples + read)[-self.batch_size :]  # no more: memory has to be used again, as in a run
+        cpu_share = (time.process_time() - cpu) / (time.perf_counter() - start)
         whole = [samples[i % len(samples)] for i in range(self.batch_size)]
-        self.reader.join(epoch, indices, whole, allocate)  # the first one faults its pages in
-        began = time.perf_counter()
-        batch = self.reader.join(epoch, indices, whole, None)
-        return Reading(max(took / counted, 1e-8), time.perf_counter() - began, cpu_s / max(took, 1e-9), batch)
+        collate_s = time_of(lambda: self.reader.join(epoch, indices, whole, None), lambda: None, _CHUNK_S)
+        batch = self.reader.join(epoch, indices, whole, allocate)
+        # The first sample opens files and imports modules: it counts where there is no other.
+        return Reading(max(median(readings or [took]), 1e-8), collate_s, cpu_share, batch)
 
 
 @dataclass(frozen=True)
@@ -186,11 +182,11 @@ def _pool(work: Work, tasks: Iterator[Any], workers: int, loader: Loader, reader
         pool.close()
 
 
-def time_of(task: Callable[[], Any], settle: Callable[[], None]) -> float:
+def time_of(task: Callable[[], Any], settle: Callable[[], None], seconds: float = _WINDOW_S) -> float:
     """Seconds that a task takes; its first time, which makes kernels and caches, is not counted."""
     took: list[float] = []
     began = time.perf_counter()
-    while len(took) < 2 or (time.perf_counter() - began < _WINDOW_S and len(took) < 200):
+    while len(took) < 2 or (time.perf_counter() - began < seconds and len(took) < 200):
         start = time.perf_counter()
         task()
         settle()
