@@ -186,7 +186,7 @@ def test_scattered_samples_do_not_copy_more_than_there_is() -> None:
     found = measured(dataset, indices)
     assert found.samples == 200
     assert found.copied_bytes > 1000  # a page or two for each
-    assert found.epoch_bytes < found.copied_bytes * N
+    assert found.epoch_bytes <= min(found.copied_bytes * N, 1.1 * psutil.Process().memory_info().rss)
 
 
 @linux
