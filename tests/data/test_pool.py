@@ -112,6 +112,7 @@ def value(number: int) -> Any:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11, of its own unpickling
 def test_batches_are_what_the_main_process_would_read() -> None:
     def work(task: int, allocate: Allocate, board: Any) -> Any:
         whole = allocate((4, 6), torch.int32).copy_(torch.arange(24).view(4, 6) + task)
