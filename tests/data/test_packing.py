@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from stoker import Loader
 from stoker.data import pack
 from stoker.data.packing import Packed
 from stoker.errors import UserError
@@ -431,3 +433,39 @@ def test_forked_workers_share_packed_records_and_copy_a_list() -> None:
     assert min(of_list) > size
     assert max(of_packed) < 0.1 * size
     assert max(of_packed) < packed.nbytes
+
+
+class Messages(torch.utils.data.Dataset[Any]):
+    """Records of a few fields."""
+
+    def __init__(self, n: int) -> None:
+        self.records = pack({"id": i, "text": f"message number {i:08d}", "label": i % 7} for i in range(n))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        record = self.records[index]
+        return record["label"], len(record["text"])
+
+
+def anonymous_bytes(pids: list[int]) -> int:
+    """Proportional memory that is no file's."""
+    smaps = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:] for pid in pids]
+    return sum(int(dict(line.split(":", 1) for line in lines)["Pss_Anon"].split()[0]) * 1024 for lines in smaps)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells proportional memory")
+def test_four_workers_of_a_feed_add_next_to_nothing() -> None:
+    """Neither the records' pages are copied, nor those of all that a program has imported, by garbage collections."""
+    dataset = Messages(300_000)  # a list of such dicts: about 100 MB
+    feed = Loader(dataset, 1000, shuffle=True).feed(0, workers=4)
+    batches = feed.epoch(0)
+    next(batches)
+    processes = [os.getpid(), *(child.pid for child in psutil.Process().children())]
+    assert len(processes) == 5
+    before = anonymous_bytes(processes)
+    assert sum(1 for _ in batches) == 299
+    grown = anonymous_bytes(processes) - before
+    feed.close()
+    assert grown < 10e6

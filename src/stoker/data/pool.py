@@ -6,6 +6,7 @@ no signal handler: it waits on the sockets and on the processes' ends at once, a
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -112,7 +113,13 @@ class Pool:
         inherited = _Inherited(fd, slots, others if available() else [], stacks if available() else None)
         arguments = (self.work, theirs, board, inherited)
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        frozen = gc.get_freeze_count() > 0
+        gc.freeze()  # else a collection in the worker writes to, and so copies, every page that holds a container
+        try:
+            process.start()
+        finally:
+            if not frozen:
+                gc.unfreeze()
         theirs.close()
         return _Worker(process, ours, MemoryReader(fd), board, stacks, slots)
 
