@@ -445,6 +445,8 @@ class Messages(torch.utils.data.Dataset[Any]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        if index % 10_000 == 0:
+            gc.collect()  # as Python does by itself, sooner or later
         record = self.records[index]
         return record["label"], len(record["text"])
 
