@@ -33,6 +33,7 @@ from stoker.errors import LIBRARIES, UserError
 _HERE = str(Path(__file__).parent)
 _LONG = 1 << 15  # bytes of a task that might not fit into a socket beside another
 _AHEAD = 2  # tasks a worker has at hand: one it works on, one that waits
+_FREEZING = threading.Lock()
 _LOOK_S = 0.5  # between looks at workers that do not answer
 _LEAVE_S = 0.5  # that a worker is given to finish what it reads, when it is dismissed
 
@@ -113,13 +114,8 @@ class Pool:
         inherited = _Inherited(fd, slots, others if available() else [], stacks if available() else None)
         arguments = (self.work, theirs, board, inherited)
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        frozen = gc.get_freeze_count() > 0
-        gc.freeze()  # else a collection in the worker writes to, and so copies, every page that holds a container
-        try:
+        with _unscanned():
             process.start()
-        finally:
-            if not frozen:
-                gc.unfreeze()
         theirs.close()
         return _Worker(process, ours, MemoryReader(fd), board, stacks, slots)
 
@@ -213,6 +209,19 @@ class Pool:
     def close(self) -> None:
         """Dismiss the workers; what they hold is of no use any more."""
         self._finalizer()
+
+
+@contextlib.contextmanager
+def _unscanned() -> Iterator[None]:
+    """Fork in here: a collection in the child does not write to, and so copy, every page that holds a container."""
+    with _FREEZING:
+        frozen = gc.get_freeze_count() > 0  # by the user, who may want it to stay so
+        gc.freeze()
+        try:
+            yield
+        finally:
+            if not frozen:
+                gc.unfreeze()
 
 
 def _dismiss(team: list[_Worker]) -> None:
