@@ -7,11 +7,11 @@ no signal handler: it waits on the sockets and on the processes' ends at once, a
 import contextlib
 import faulthandler
 import gc
+import io
 import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +108,7 @@ class Pool:
         ours, theirs = context.Pipe()
         fd = os.memfd_create("stoker batches") if available() else None
         board = context.RawArray("q", 3)
-        stacks = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
+        stacks = os.fdopen(os.memfd_create("stoker stacks"), "w+b") if available() else io.BytesIO()
         others = [worker.connection for worker in self._team] + [ours]
         slots = [os.memfd_create("stoker tasks") for _ in range(_AHEAD if available() else 0)]
         inherited = _Inherited(fd, slots, others if available() else [], stacks if available() else None)
