@@ -22,7 +22,7 @@ from stoker.train import Limits
 _LOOKED_AT = 256  # samples, for the times
 _MANY = 20_000  # samples, for memory that grows
 _SMALL_SHM_BYTES = 1 << 30
-_HEAVY_BYTES = 64 << 20  # of Python objects, from which on copies of them are worth a warning
+_HEAVY_BYTES = 16 << 20  # of Python objects, from which on copies of them are worth a warning
 
 
 @dataclass(frozen=True)
