@@ -180,8 +180,10 @@ class Reader:
         board[0] = epoch
         if self._bulk is not None and len(indices) > 1:
             board[1], board[2] = indices[0], board[2] + 1
-            with suppress(Exception):  # which of them it was, reading one by one tells
+            try:
                 return list(self._bulk(list(indices)))
+            except Exception:  # reading one by one tells which it was; if none fails, it is as good
+                self._bulk = None
         for index in indices:
             board[1], board[2] = index, board[2] + 1
             try:
