@@ -182,7 +182,11 @@ class Samples(Sequence[tuple[str, int]]):
 
 
 class _NotAnImage(Exception):
-    def __init__(self, found: str, remedy: str = "copy it again from where it came from, or delete it") -> None:
+    def __init__(
+        self,
+        found: str,
+        remedy: str = 'copy it again from its source, or delete it; Loader(on_error="skip") leaves such files out',
+    ) -> None:
         super().__init__(found)
         self.found, self.remedy = found, remedy
 
