@@ -89,6 +89,15 @@ def steps_seen(folder: Path) -> int:
     )
 
 
+def test_links_that_a_kill_left_half_made_are_cleared_away(tmp_path: Path) -> None:
+    """Also that of `best`, where there is no best checkpoint by now."""
+    save(tmp_path, 1)
+    for name in ("best", "latest"):
+        (tmp_path / f".{name}.tmp").symlink_to("step-00000001")
+    save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
 def test_the_same_step_again_replaces_itself(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)

@@ -575,6 +575,7 @@ def test_a_second_interrupt_leaves_at_once(file: Path, tmp_path: Path, workers: 
     log_file = tmp_path / "out" / "events.jsonl"
     while process.is_alive() and not (log_file.exists() and log_file.stat().st_size):
         time.sleep(0.01)
+    time.sleep(0.1)  # until the next batch is being read, for 0.3 s a sample: the first signal waits for its step
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)

@@ -192,6 +192,8 @@ class Store:
         for kind in ("dropped", "partial", "replaced"):
             for stray in self.folder.glob(f".{kind}-*"):
                 shutil.rmtree(stray)
+        for link in (".latest.tmp", ".best.tmp"):  # of a save that was killed, and that no later link replaced
+            (self.folder / link).unlink(missing_ok=True)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
