@@ -41,6 +41,11 @@ FORBIDDEN = {
     "checks": UP | {"watch"},
     "rehearse": UP | {"watch", "checkpoint"},
     "doctor": UP | {"watch", "checkpoint"},
+    "files": {"*"},
+    "naming": BASE | {"run", "state", "recipe", "source", "start", "data"},
+    "catalog": BASE | {"run", "state", "recipe", "source", "start", "data"},  # a list of runs needs no torch
+    "sharing": UP | {"watch", "catalog", "export"},
+    "export": UP | {"watch", "train"},
     "tune": {"cli"},
     "cli": set[str](),
     "__init__": set[str](),

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from stoker import data
     from stoker.data.loader import Loader
     from stoker.errors import UserError
-    from stoker.infer import load
     from stoker.plan import Plan
     from stoker.probes.summary import summary
     from stoker.recipe import EarlyStop, Objective, Recipe
     from stoker.schedules import constant, cosine, linear
     from stoker.start import Run, fit, resume
+    from stoker.weights import load, load_weights
 
 _HOME = {
     "EarlyStop": "recipe",
@@ -28,7 +28,8 @@ _HOME = {
     "cosine": "schedules",
     "fit": "start",
     "linear": "schedules",
-    "load": "infer",
+    "load": "weights",
+    "load_weights": "weights",
     "resume": "start",
     "summary": "probes.summary",
 }
@@ -47,6 +48,7 @@ __all__ = [
     "fit",
     "linear",
     "load",
+    "load_weights",
     "resume",
     "summary",
 ]

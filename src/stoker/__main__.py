@@ -13,3 +13,4 @@ if __name__ == "__main__":
             with started:
                 if started.session is not None:
                     train(started.session)
+            sys.exit(started.exit_code)

@@ -1,12 +1,16 @@
 """What is looked at before a run begins, so that nothing is found out after hours."""
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
+from stoker.checkpoint.architecture import architecture_differences, describe_architecture
 from stoker.data.loader import Loader, check_source
+from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.data.shared_rows import shared_note
 from stoker.errors import UserError
+from stoker.naming import names
 from stoker.plan import Plan
 from stoker.recipe import Recipe
 from stoker.run import Identity, RunDir
@@ -47,15 +51,22 @@ def refuse_split_carry(recipe: Recipe, plan: Plan) -> None:
         )
 
 
-def refuse_changes(folder: RunDir, now: Identity, then: Identity, force: bool) -> None:
-    """Compare a run with what it began with.
+def refuse_changes(
+    folder: RunDir, now: Identity, then: Identity, force: bool, recipe: Recipe | None = None
+) -> tuple[str, ...]:
+    """Compare a run with what it began with; return the differences that `force` allows.
 
     Raises:
         UserError: they differ in what changes the result, and `force` is not given.
     """
     differences = now.differences(then)
     if not differences or force:
-        return
+        return tuple(differences)
+    if recipe is not None:
+        with isolated(), suppress(Exception):  # the new recipe may fail; that its model differs is told besides
+            seed_all_plainly(now.seed)
+            built = describe_architecture(recipe.build_model())
+            differences += [f"model: {line}" for line in architecture_differences(folder.read_architecture(), built)]
     other = now.recipe != then.recipe or now.function != then.function
     raise UserError(
         f"{folder.path} holds a run of {'another recipe' if other else 'this recipe that began differently'}",
@@ -67,6 +78,18 @@ def refuse_changes(folder: RunDir, now: Identity, then: Identity, force: bool) -
         )
         + " --force goes on with what is given now (weights and optimizer state are kept)",
     )
+
+
+def changes_taken(folder: RunDir, differences: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
+    """What to say of a run that goes on although its recipe, or what it builds, is not what it was."""
+    recorded = folder.read_architecture()
+    built = architecture_differences(recorded, describe_architecture(model)) if recorded else []
+    notes = []
+    if differences:
+        notes.append("\n      ".join(["goes on with what is given now, as --force allows:", *differences]))
+    if built:
+        notes.append("\n      ".join(["the model is not built as when the run began:", *built]))
+    return tuple(notes)
 
 
 def global_batch_size(recipe: Recipe) -> int | None:
@@ -112,7 +135,7 @@ def split_notes(recipe: Recipe) -> tuple[str, ...]:
 def mode_notes(model: nn.Module) -> tuple[str, ...]:
     """A word on parts that are trained in eval mode, as `from_pretrained` returns them: they drop nothing out."""
     found: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in names.named_modules(model).items():
         inside = any(name == top or name.startswith(f"{top}.") for top in found)
         if module.training or inside or not any(p.requires_grad for p in module.parameters()):
             continue

@@ -11,9 +11,11 @@ from stoker.data.feeds import Feed
 from stoker.data.seeding import EVALUATION, fold, seed_all
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError
-from stoker.interrupts import Interrupts
+from stoker.interrupts import Interrupted, Interrupts
 from stoker.losses import Mean, Terms, add_result, effective_count, exact, terms
 from stoker.recipe import Recipe, unpack
+
+_END = object()
 
 
 class Scores:
@@ -108,15 +110,24 @@ def evaluate(
     scores: Scores = Scores(recipe.metrics, strategy.device)
     carry: dict[str, Any] = {}
     try:
-        for number, (batch, _) in enumerate(feed.epoch(0)):
-            if interrupts.requested:
-                return None
+        source = enumerate(feed.epoch(0))
+        while not interrupts.requested:
+            interrupts.waiting = True
+            number, (batch, _) = next(source, (0, (_END, False)))
+            interrupts.waiting = False
+            if batch is _END:
+                break
             seed_all(fold(seed, EVALUATION, number))
             with strategy.autocast():
                 score_batch(model, recipe, strategy.place(batch), scores, carry)
+    except Interrupted:
+        return None
     finally:
+        interrupts.waiting = False
         for module, mode in modes:
             module.training = mode
+    if interrupts.requested:
+        return None
     values = scores.compute(split)
     if feed.skipped:
         values[f"{split}/skipped_samples"] = len(feed.skipped)

@@ -10,20 +10,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from stoker.checkpoint.store import Checkpoint, Damaged, read
+from stoker.checkpoint.store import Checkpoint
 from stoker.data.batch import num_rows
 from stoker.data.feeds import Feed
 from stoker.data.kept import restoring
 from stoker.data.loader import Loader, check_source, open_feed
-from stoker.data.seeding import EVALUATION, fold, isolated, seed_all, seed_all_plainly
+from stoker.data.seeding import EVALUATION, fold, isolated, seed_all
 from stoker.devices.strategy import Single, find_device
 from stoker.errors import UserError
 from stoker.evaluate import evaluate
 from stoker.interrupts import Interrupts
+from stoker.recall import recall, require_identity
 from stoker.recipe import Recipe, unpack
 from stoker.run import Identity, RunDir
-from stoker.start import Run, rebuild, require_identity
-from stoker.state import load_by_name, load_transient
+from stoker.weights import find_checkpoint, restore_model
 
 
 @dataclass(frozen=True)
@@ -120,58 +120,8 @@ def open_run(run: str | Path, which: str = "best", device: str | None = None) ->
     identity = require_identity(folder)
     checkpoint = find_checkpoint(folder, None if which in ("best", "latest") else Path(which), which)
     with restoring(checkpoint.state["fitted"]):
-        recipe = rebuild(folder, identity)
+        recipe = recall(folder, identity)
     strategy = Single(find_device(device), identity.precision)
     model = restore_model(recipe, checkpoint, identity.seed).to(strategy.device)
     recipe.place_losses(strategy.device)
     return Opened(folder, identity, recipe, checkpoint, model, strategy)
-
-
-def load(run: Run | str | Path, recipe: Recipe | None = None, *, which: str = "best") -> nn.Module:
-    """Return a run's model in eval mode, on the CPU, with the weights of its best (else its latest) checkpoint.
-
-    Args:
-        run: a Run, a run's folder, or one of its checkpoint folders.
-        recipe: the recipe, where the run's own cannot be called again.
-        which: "best" or "latest".
-
-    Raises:
-        UserError: no run, no good checkpoint, or weights that are not this recipe's model's.
-    """
-    path = run.dir if isinstance(run, Run) else Path(run)
-    given = path.parent.parent if (path / "checkpoint.json").is_file() else None
-    folder = RunDir(path.resolve().parent.parent if given is not None else path)
-    identity = require_identity(folder)
-    checkpoint = find_checkpoint(folder, path if given is not None else None, which)
-    with restoring(checkpoint.state["fitted"]):
-        return restore_model(recipe or rebuild(folder, identity), checkpoint, identity.seed)
-
-
-def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Module:
-    """Build the recipe's model, and its losses where they have weights, with a checkpoint's; in eval mode."""
-    with isolated():
-        seed_all_plainly(seed)
-        model = recipe.build_model()
-    weights = checkpoint.ema if checkpoint.ema is not None else checkpoint.model
-    load_by_name(model, {**weights, **checkpoint.state["model_extra"]}, "model")
-    load_transient(model, checkpoint.state["transient"])
-    for name, tensors in checkpoint.state["losses"].items():
-        loss = (recipe.objectives or {})[name].loss
-        assert isinstance(loss, nn.Module)  # only those have tensors in a checkpoint
-        load_by_name(loss, tensors, f"loss of {name}")
-    return model.eval()
-
-
-def find_checkpoint(folder: RunDir, path: Path | None, which: str) -> Checkpoint:
-    """Read the asked-for checkpoint of a run, verified.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    chosen = path or (folder.store.best() if which == "best" else None) or folder.store.latest()
-    if chosen is None:
-        raise UserError(f"{folder.path} has no checkpoint yet", remedy=f"stoker resume {folder.path}")
-    try:
-        return read(chosen)
-    except Damaged as error:
-        raise UserError(f"a damaged checkpoint: {error}", remedy="choose another one of the run by its path") from error

@@ -242,20 +242,21 @@ def origin_of_frame(frame: FrameType) -> Origin:
 def local_modules(file: Path, source: str) -> dict[str, str]:
     """Text of every module that a file imports, directly or not, from its own folder, by path relative to it."""
     found: dict[str, str] = {}
-    pending = [source]
+    pending = [(source, "")]
     while pending:
-        for name in imported_names(pending.pop()):
+        for name in imported_names(*pending.pop()):
             path = file.parent / Path(*name.split("."))
             for candidate in (path.with_suffix(".py"), path / "__init__.py"):
                 relative = str(candidate.relative_to(file.parent))
                 if relative not in found and candidate != file and candidate.is_file():
                     found[relative] = candidate.read_text(encoding="utf-8", errors="replace")
-                    pending.append(found[relative])
+                    package = name if candidate.name == "__init__.py" else name.rpartition(".")[0]
+                    pending.append((found[relative], package))
     return dict(sorted(found.items()))
 
 
-def imported_names(source: str) -> set[str]:
-    """Dotted names that a file's import statements can load, wherever in it they stand."""
+def imported_names(source: str, package: str = "") -> set[str]:
+    """Dotted names that a file's import statements can load, wherever in it they stand; relative ones in `package`."""
     names: set[str] = set()
     try:
         nodes = list(ast.walk(ast.parse(source)))
@@ -264,9 +265,11 @@ def imported_names(source: str) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names | {name.split(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level and package else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)} if module else set()
+    return names | {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts))}
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

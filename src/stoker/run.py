@@ -17,14 +17,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from stoker import __version__
-from stoker.checkpoint.store import Store, write_atomically
+from stoker.checkpoint.saver import FULL, Saver, tensors_of
+from stoker.checkpoint.store import Snapshot, Store, snapshot
 from stoker.errors import UserError
+from stoker.files import own_folder, read_text, write_atomically
 from stoker.plan import Plan
 from stoker.recipe import Origin
 from stoker.state import Progress, TrainState
@@ -131,13 +133,14 @@ class RunDir:
         UserError: it cannot be made or written, holds something else, or another process trains in it.
     """
 
-    def __init__(self, path: Path, *, keep: int = 2, keep_best: int = 1) -> None:
+    def __init__(self, path: Path, *, keep: int = 2, keep_best: int = 1, on_full_disk: str = "continue") -> None:
         self.path = path
         self.store = Store(path / "checkpoints", keep=keep, keep_best=keep_best)
-        self._lock: TextIO | None = None
+        self.saver = Saver(self.store, on_full_disk)
+        self._lock: FileIO | None = None
         self._events: FileIO | None = None  # unbuffered: what cannot be written is not tried again when it is closed
+        self._unwritten = b""  # events that a full disk had no room for
         self._saved_at = time.monotonic()
-        self._save_s = 0.05  # assumed until the first save is measured
 
     def hold(self) -> None:
         """Make the folder and keep other processes out of it until this one ends."""
@@ -149,9 +152,10 @@ class RunDir:
                     f"{self.path} is not a run: it has no run.json, but holds {', '.join(sorted(strangers)[:3])}",
                     remedy="choose an empty or new folder with --out",
                 )
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = _open_for_writing(self.path / ".lock")
             # A record lock: unlike flock's, it does not live on in data workers that outlive a killed parent.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.store.recover()
         except BlockingIOError:
             raise UserError(
                 f"another process is training in {self.path}", remedy="wait for it, or choose another --out"
@@ -166,32 +170,52 @@ class RunDir:
     def read_identity(self) -> Identity | None:
         """Identity that the folder's run began with; None in an empty folder."""
         try:
-            recorded = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            source = (self.path / "recipe.py").read_text(encoding="utf-8")
-            modules = {name: (self.path / "source" / name).read_text(encoding="utf-8") for name in recorded["modules"]}
+            recorded = json.loads(read_text(self.path / "run.json"))
+            source = read_text(self.path / "recipe.py")
+            if recorded["source_sha256"] != hashlib.sha256(source.encode()).hexdigest():
+                raise ValueError("recipe.py beside it is not the source that it began with")
             return Identity(
-                recipe=recorded["recipe"]["name"],
+                recipe=str(recorded["recipe"]["name"]),
                 function=recorded["recipe"]["function"],
                 file=recorded["recipe"]["file"],
-                arguments=recorded["recipe"]["arguments"],
+                arguments=dict(recorded["recipe"]["arguments"]),
                 source=source,
-                modules=modules,
+                modules={name: read_text(self._module(name)) for name in recorded["modules"]},
                 seed=recorded["seed"],
                 precision=recorded["plan"]["precision"],
-                options=recorded["options"],
+                options=dict(recorded["options"]),
                 **recorded["limits"],
             )
         except FileNotFoundError:
             if not self.store.all():  # nothing yet, or killed before its source was written
                 return None
             raise UserError(f"{self.path} lacks the source of its recipe", remedy="put it back there") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.path}/run.json cannot be read: {error!r}",
                 why="it was damaged, or written by another version of stoker",
             ) from error
 
-    def write_identity(self, identity: Identity, plan: Plan) -> None:
+    def _module(self, name: str) -> Path:
+        """Path of a module that the run keeps.
+
+        Raises:
+            ValueError: it is not inside the run.
+        """
+        folder, path = (self.path / "source").resolve(), (self.path / "source" / name).resolve()
+        if (self.path / "source").is_symlink() or not path.is_relative_to(folder):
+            raise ValueError(f"{name!r} is not a module of the run")
+        return path
+
+    def read_architecture(self) -> dict[str, str]:
+        """The model as it was when the run began, module by module; empty where that is not recorded."""
+        try:
+            recorded = json.loads(read_text(self.path / "run.json"))["architecture"]
+            return {str(name): str(words) for name, words in recorded.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return {}
+
+    def write_identity(self, identity: Identity, plan: Plan, architecture: Mapping[str, str]) -> None:
         """Record what this run is and where it happens."""
         plan_ = asdict(plan)
         recorded = {
@@ -219,80 +243,116 @@ class RunDir:
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
+            "architecture": dict(architecture),
         }
         try:
             write_atomically(self.path / "run.json", json.dumps(recorded, indent=1))  # first: it marks the folder ours
             for name, text in identity.modules.items():
-                (self.path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.path / "source" / name, text)
+                module = own_folder(self.path / "source") / name
+                module.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(module, text)
             write_atomically(self.path / "recipe.py", identity.source)
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}", remedy="choose another --out") from None
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror or error}", remedy="choose another --out"
+            ) from None
 
     def open_events(self, size_bytes: int) -> None:
-        """Open the event log, cut back to what the checkpoint had seen of it."""
-        path = self.path / "events.jsonl"
-        if path.exists() and path.stat().st_size > size_bytes:
-            os.truncate(path, size_bytes)
-        self._events = path.open("ab", buffering=0)
+        """Open the event log, cut back to what the checkpoint had seen of it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._events = _open_for_writing(self.path / "events.jsonl")
+        if os.fstat(self._events.fileno()).st_size > size_bytes:
+            os.ftruncate(self._events.fileno(), size_bytes)
 
     def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
         """Append one event per value."""
-        if self._events is None:
-            self.open_events(0)
-        assert self._events is not None
         lines = [
             json.dumps({"step": progress.step, "epoch": progress.epoch, "name": name, "value": _number(value)})
             for name, value in values.items()
         ]
+        self._unwritten += ("\n".join(lines) + "\n").encode()
         try:
-            text = ("\n".join(lines) + "\n").encode()
-            if self._events.write(text) < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._write_events()
         except OSError as error:
+            if error.errno in FULL and self.saver.on_full_disk != "stop":
+                return  # they are written with the next ones, before the next checkpoint at the latest
             raise UserError(
                 f"cannot write {self.path}/events.jsonl: {error.strerror}",
                 remedy="make room, then run the same command again: it goes on from the last checkpoint",
             ) from error
 
-    def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
-        """Write a checkpoint that also remembers how far the event log had come."""
-        began = time.monotonic()
+    def _write_events(self) -> int:
+        """Write what is left to write; return the log's length."""
         if self._events is None:
             self.open_events(0)
         assert self._events is not None
-        os.fsync(self._events.fileno())
-        progress = state.progress
-        loss = next((metrics[n] for n in ("val/loss", "train/loss") if isinstance(metrics.get(n), float)), None)
-        reproducible = {k: v for k, v in metrics.items() if not k.startswith(("time/", "system/"))}
-        self.store.save(
-            step=progress.step,
-            epoch=progress.epoch,
-            loss=loss,
-            metrics=reproducible,
-            model=_tensors(state.model),
-            ema=_tensors(state.ema) if state.ema is not None else None,
-            state={**state.tree(), "events_bytes": self._events.tell()},
-            best=[step for _, step in progress.best],
-            interim=interim,
-        )
+        before = self._events.seek(0, os.SEEK_END)
+        if self._unwritten:
+            if self._events.write(self._unwritten) < len(self._unwritten):
+                os.ftruncate(self._events.fileno(), before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            before, self._unwritten = before + len(self._unwritten), b""
+        return before
+
+    def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
+        """Begin to write a checkpoint that also remembers how far the event log had come."""
+        self.saver.settle()
+        saved = _snapshot_of(state, metrics, interim)
+        while True:
+            try:
+                saved.state["events_bytes"] = self._write_events()
+                break
+            except OSError as error:
+                if not self.saver.again(saved, error):
+                    return
+        assert self._events is not None
+        self.saver.save(saved, self._events.fileno())
         self._saved_at = time.monotonic()
-        self._save_s = self._saved_at - began
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed since it was begun."""
+        return self.saver.failed
+
+    def settle(self, *, last: bool = False) -> None:
+        """Wait for the save that is being written; see `Saver.settle`."""
+        self.saver.settle(last=last)
 
     def save_is_cheap(self) -> bool:
-        """Whether the time since the last save is at least 50 times what it cost."""
-        return time.monotonic() - self._saved_at >= 50 * self._save_s
+        """Whether the time since the last save is at least 50 times what it cost (assumed before the first: 0.05 s)."""
+        return not self.saver.busy and time.monotonic() - self._saved_at >= 50 * (self.saver.took_s or 0.05)
 
     def close(self) -> None:
-        """Let others in."""
+        """Let others in, once what is being written is written."""
+        self.saver.close()
         for file in (self._events, self._lock):
             if file is not None:
                 file.close()
         self._events = self._lock = None
 
 
-def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+def _open_for_writing(path: Path) -> FileIO:
+    """Open a file of the run's for appending; not through a link, which may lead out of the run."""
+    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "r+")
+
+
+def _snapshot_of(state: TrainState, metrics: Mapping[str, Any], interim: bool) -> Snapshot:
+    progress = state.progress
+    loss = next((metrics[n] for n in ("val/loss", "train/loss") if isinstance(metrics.get(n), float)), None)
+    return snapshot(
+        step=progress.step,
+        epoch=progress.epoch,
+        loss=loss,
+        metrics={k: v for k, v in metrics.items() if not k.startswith(("time/", "system/"))},
+        model=tensors_of(state.model),
+        ema=tensors_of(state.ema) if state.ema is not None else None,
+        state=state.tree(),
+        best=[step for _, step in progress.best],
+        interim=interim,
+    )
 
 
 def _number(value: Any) -> Any:

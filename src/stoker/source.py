@@ -13,7 +13,7 @@ from typing import Any
 
 from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.errors import UserError, nearest, told
-from stoker.recipe import Origin, Recipe, check_arguments, imported_names, local_modules, parameters_of
+from stoker.recipe import Origin, Recipe, check_arguments, local_modules, parameters_of
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,13 @@ class Source:
 
     def recall(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments as `run.json` keeps them, back in the types that the function's annotations name."""
-        parameters = parameters_of(self.function)
-        return {
-            name: revive(value, parameters[name].annotation) for name, value in recorded.items() if name in parameters
-        }
+        values: dict[str, Any] = {}
+        for name, parameter in parameters_of(self.function).items():
+            if parameter.kind is parameter.VAR_KEYWORD:  # recorded under its own name
+                values |= {k: revive(v, parameter.annotation) for k, v in dict(recorded.get(name, {})).items()}
+            elif name in recorded and recorded[name] != f"<{type(parameter.default).__qualname__}>":  # JSON kept none
+                values[name] = revive(recorded[name], parameter.annotation)
+        return values
 
     def recipe(self, arguments: Mapping[str, Any], seed: int = 0) -> Recipe:
         """Call the function, seeded: what it draws itself, a random split say, is a function of the seed too.
@@ -100,8 +103,13 @@ class Source:
         return recipe
 
 
-def load_source(spec: str) -> Source:
+def load_source(spec: str, *, original: Path | None = None) -> Source:
     """Import `FILE.py[:FUNCTION]` (default function: recipe); the file's own folder is importable from it.
+
+    Args:
+        spec: file and function.
+        original: where the file is a copy that a run keeps, the path that it takes itself to be at, to find data
+            beside it; modules come from the folder `source` beside the copy.
 
     Raises:
         UserError: no such file or function, or the file raises while it is imported.
@@ -120,7 +128,7 @@ def load_source(spec: str) -> Source:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}", why=str(error)) from None
-    module = _import(file, text)
+    module = _import(original or file, text, file.parent / "source" if original else file.parent)
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [
@@ -133,19 +141,20 @@ def load_source(spec: str) -> Source:
     return Source(file, function_name, function, text)
 
 
-def _import(file: Path, text: str) -> types.ModuleType:
+def _import(file: Path, text: str, folder: Path) -> types.ModuleType:
     name = file.stem if file.stem.isidentifier() and file.stem not in sys.modules else f"_recipe_{abs(hash(file)):x}"
     main = sys.modules.get("__main__")
-    if main is not None and getattr(main, "__file__", None) and Path(str(main.__file__)).resolve() == file:
+    script = getattr(main, "__file__", None)
+    if main is not None and script and Path(str(script)).resolve() == file and folder == file.parent:
         return main  # a script that trains: importing it again would train again
     module = types.ModuleType(name)
     module.__file__ = str(file)
-    folder = str(file.parent)
-    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
-    for imported in imported_names(text):  # another recipe's `data.py` is not this one's
+    places = list(dict.fromkeys([str(folder), str(file.parent)]))
+    sys.path[:] = [*places, *(entry for entry in sys.path if entry not in places)]
+    for path in local_modules(folder / file.name, text):  # another recipe's `data.py` is not this one's
+        imported = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         stranger = getattr(sys.modules.get(imported), "__file__", None)
-        own = [file.parent / f"{imported}.py", file.parent / imported / "__init__.py"]
-        if stranger is not None and any(path.is_file() for path in own) and Path(stranger) not in own:
+        if stranger is not None and Path(stranger) != folder / path:
             del sys.modules[imported]
     sys.modules[name] = module
     try:

@@ -1,6 +1,5 @@
 """From a recipe to a run: fit and resume. Everything is put together here once, before the loop."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,8 +7,11 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
+from stoker.budget import check_room, checkpoint_bytes
+from stoker.checkpoint.architecture import describe_architecture
 from stoker.checkpoint.store import Checkpoint
 from stoker.checks import (
+    changes_taken,
     check_limits,
     global_batch_size,
     mode_notes,
@@ -26,13 +28,15 @@ from stoker.interrupts import Interrupts
 from stoker.plan import Plan, make_plan, partition_notes
 from stoker.probes.labels import explain_labels
 from stoker.probes.nonfinite import explain
+from stoker.recall import rebuild, recorded_options, require_identity
 from stoker.recipe import Recipe
 from stoker.rehearse import settle_workers
 from stoker.run import Identity, RunDir, fresh_dir, identity_of
-from stoker.source import load_source
 from stoker.state import Progress, TrainState
 from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, save, train
 from stoker.watch.console import Console, console_for
+
+_UNFIT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class PlanOptions(TypedDict, total=False):
@@ -62,6 +66,8 @@ class FitOptions(PlanOptions, total=False):
     quiet: bool
     force: bool
     on_step: Sequence[Observer]
+    on_full_disk: str
+    grace_s: float | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ def prepare(
     quiet: bool = False,
     force: bool = False,
     on_step: Sequence[Observer] = (),
+    on_full_disk: str = "continue",
+    grace_s: float | None = None,
     **plan: Unpack[PlanOptions],
 ) -> "Started":
     """Everything `fit` does before the loop; its arguments and errors are those of `fit`."""
@@ -107,7 +115,10 @@ def prepare(
         raise UserError(f"fit takes a Recipe, not a {type(recipe).__name__}", remedy=hint)
     limits = Limits(epochs, steps, eval_every, checkpoint_every, log_every, keep_best)
     options = make_plan(recipe.train, **plan)
-    return start(recipe, options, limits, seed=seed, out=out, keep=keep, quiet=quiet, force=force, on_step=on_step)
+    path = Path(out) if out is not None else fresh_dir(recipe.origin.name)
+    folder = RunDir(path, keep=keep, keep_best=keep_best, on_full_disk=on_full_disk)
+    interrupts = Interrupts(grace_s)
+    return start(recipe, options, limits, folder, interrupts, seed=seed, quiet=quiet, force=force, on_step=on_step)
 
 
 def fit(recipe: Recipe, **options: Unpack[FitOptions]) -> Run:
@@ -126,6 +137,10 @@ def fit(recipe: Recipe, **options: Unpack[FitOptions]) -> Run:
             keep, keep_best: how many of the newest and of the best checkpoints stay (defaults 2 and 1).
             quiet: no progress, no summary.
             force: in a folder whose run began with another source, arguments or seed, go on with these.
+            on_full_disk: "continue" trains on without the checkpoint that a full disk has no room for, "wait" pauses
+                until there is room, "stop" ends the run (default "continue").
+            grace_s: seconds after a signal in which the process ends, whatever it is doing (default: as long as the
+                step and its save take).
             on_step: functions called after every step with (progress, last logged values).
             device, devices, strategy, precision, microbatch, workers, compile: see `Plan`.
 
@@ -154,52 +169,8 @@ def resume(run: str | Path, recipe: Recipe | None = None, **changes: Unpack[FitO
     """
     folder = RunDir(Path(run))
     identity = require_identity(folder)
-    return fit(recipe or rebuild(folder, identity), **{**recorded_options(identity), "out": folder.path, **changes})
-
-
-def recorded_options(identity: Identity) -> dict[str, Any]:
-    """Options of `fit` that a run began with; its device is looked for anew."""
-    names = ("epochs", "steps", "eval_every", "seed", "precision")
-    return {**{name: getattr(identity, name) for name in names}, **identity.options}
-
-
-def require_identity(folder: RunDir) -> Identity:
-    """Identity of an existing run.
-
-    Raises:
-        UserError: there is none.
-    """
-    identity = folder.read_identity() if folder.path.is_dir() else None
-    if identity is None:
-        raise UserError(
-            f"{folder.path} is not a run",
-            why="it has no run.json" if folder.path.is_dir() else "there is no such folder",
-            remedy="give a folder that `stoker train` made, such as runs/RECIPE/NAME",
-        )
-    return identity
-
-
-def rebuild(folder: RunDir, identity: Identity) -> Recipe:
-    """Call the run's recipe again: its file, or where that is gone, the source that the run keeps.
-
-    Raises:
-        UserError: the recipe was not made by a function in a file.
-    """
-    if identity.function is None:
-        raise UserError(
-            f"{folder.path}: its recipe cannot be called again from the run alone",
-            why="it was not returned by a function at the top level of a file, called with the recorded arguments",
-            remedy="stoker.resume(run, recipe) or stoker.load(run, recipe) with the same recipe",
-        )
-    if identity.file is not None and Path(identity.file).is_file():
-        source = load_source(f"{identity.file}:{identity.function}")
-        return source.recipe(source.recall(identity.arguments), identity.seed)
-    sys.path.insert(0, str(folder.path / "source"))  # what the recipe imported from its own folder
-    source = load_source(f"{folder.path / 'recipe.py'}:{identity.function}")
-    recipe = source.recipe(source.recall(identity.arguments), identity.seed)
-    where = Path(identity.file) if identity.file is not None else None
-    recipe.origin = replace(recipe.origin, file=where, modules=identity.modules)
-    return recipe
+    recipe = recipe or rebuild(folder, identity, force=changes.get("force", False))
+    return fit(recipe, **{**recorded_options(identity), "out": folder.path, **changes})
 
 
 def total_steps(recipe: Recipe, limits: Limits, seed: int) -> int | None:
@@ -218,8 +189,12 @@ def total_steps(recipe: Recipe, limits: Limits, seed: int) -> int | None:
 class Started:
     """A session with its folder and its console; a context that closes them and tells how it went."""
 
-    def __init__(self, folder: RunDir, console: Console, plan: Plan, state: TrainState) -> None:
+    def __init__(self, folder: RunDir, console: Console, plan: Plan, state: TrainState, interrupts: Interrupts) -> None:
         self.folder, self.console, self.plan, self.state = folder, console, plan, state
+        self.interrupts = interrupts
+        interrupts.last_words = console.stop
+        folder.saver.warn = console.note
+        folder.saver.interrupted = lambda: interrupts.requested is not None
         self.session: Session | None = None
         self.metrics: dict[str, Any] = {}
 
@@ -252,7 +227,7 @@ class Started:
             microbatch=self.plan.microbatch,
             limits=limits,
             record=self.folder,
-            interrupts=Interrupts(),
+            interrupts=self.interrupts,
             observers=[self.console.observe],
             on_step=on_step,
             warn=self.console.note,
@@ -279,9 +254,11 @@ class Started:
                 samples = f", samples {', '.join(map(str, ids[:16]))}" if ids else ""
                 error.add_note(f"in step {progress.step + 1} (epoch {progress.epoch}, batch {progress.batch}{samples})")
         self.console.stop()
+        if error is not None:
+            self._see_through()
         self.folder.close()
         if error is None:
-            signal = self.session.interrupts.requested if self.session else None
+            signal = self.interrupts.requested
             self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
         if isinstance(error, NonFinite) and self.session is not None:
             raise self._explained(self.session, error) from error
@@ -297,9 +274,17 @@ class Started:
             return
         try:
             save(s, interim=True)
+            self.folder.settle(last=True)
             self.console.note(f"saved at step {step}, before the error")
         except (UserError, NonFinite) as second:
             error.add_note(f"nor could step {step} be saved: {second}")
+
+    def _see_through(self) -> None:
+        """Let a save finish that was being written when something else failed."""
+        try:
+            self.folder.settle(last=True)
+        except UserError as second:
+            self.console.note(str(second))
 
     def _explained(self, s: Session, error: NonFinite) -> UserError:
         """Find the culprit; where it was noticed late, by running the steps since the last checkpoint again.
@@ -333,6 +318,12 @@ class Started:
             again.close()
         return explain(s, error)
 
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: 0, or where a scheduler stopped an unfinished run, what asks for more."""
+        stopped = self.interrupts.requested in ("SIGTERM", "SIGUSR1") and not self.state.progress.finished
+        return self.interrupts.exit_code if stopped else 0
+
     def result(self) -> Run:
         """What `fit` returns."""
         progress = self.state.progress
@@ -344,10 +335,10 @@ def start(
     recipe: Recipe,
     plan: Plan,
     limits: Limits,
+    folder: RunDir,
+    interrupts: Interrupts,
     *,
     seed: int,
-    out: str | Path | None,
-    keep: int = 2,
     quiet: bool = False,
     force: bool = False,
     on_step: Sequence[Observer] = (),
@@ -355,24 +346,25 @@ def start(
     """Check everything that can be checked, build the state, and take over a checkpoint if the folder has one."""
     check_limits(recipe, limits)
     refuse_other_classes(recipe)
-    path = Path(out) if out is not None else fresh_dir(recipe.origin.name)
-    folder = RunDir(path, keep=keep, keep_best=limits.keep_best)
-    identity = identify(recipe, plan, limits, seed, keep)
+    identity = identify(recipe, plan, limits, folder, interrupts, seed)
     folder.hold()
     try:
-        before = folder.read_identity()
-        if before is not None:
-            refuse_changes(folder, identity, before, force)
+        before, notes = folder.read_identity(), plan.notes
+        changes = refuse_changes(folder, identity, before, force, recipe) if before is not None else ()
         strategy = plan.open()
         state = build_state(recipe, strategy, limits, seed)
         refuse_split_carry(recipe, plan)
-        notes = plan.notes + split_notes(recipe) + mode_notes(state.model)
+        notes += changes_taken(folder, changes, state.model) + split_notes(recipe) + mode_notes(state.model)
         plan = replace(plan, notes=notes + partition_notes(state.model, plan, global_batch_size(recipe)))
-        started = Started(folder, console_for(quiet), plan, state)
+        started = Started(folder, console_for(quiet), plan, state, interrupts)
         checkpoint = take_over(started, limits)
         if not state.progress.finished:
             started.plan = plan = settle_workers(plan, recipe, state.model, strategy, seed)
-            folder.write_identity(identity, plan)
+            folder.write_identity(identity, plan, describe_architecture(state.model))
+            room = checkpoint_bytes(state)
+            for note in check_room(folder.store, room, resumed=checkpoint is not None):
+                started.console.note(note)
+            folder.saver.reserve(room, pinned=strategy.device.type != "cpu")
             folder.open_events(checkpoint.state["events_bytes"] if checkpoint is not None else 0)
             started.open(
                 recipe, strategy, limits, seed, checkpoint.step if checkpoint is not None else -1, on_step, force
@@ -383,7 +375,7 @@ def start(
         raise
 
 
-def identify(recipe: Recipe, plan: Plan, limits: Limits, seed: int, keep: int) -> Identity:
+def identify(recipe: Recipe, plan: Plan, limits: Limits, folder: RunDir, interrupts: Interrupts, seed: int) -> Identity:
     """Identity of a run, with the options that `stoker resume` takes over."""
     return identity_of(
         recipe.origin,
@@ -396,33 +388,42 @@ def identify(recipe: Recipe, plan: Plan, limits: Limits, seed: int, keep: int) -
         options={
             "checkpoint_every": limits.checkpoint_every,
             "log_every": limits.log_every,
-            "keep": keep,
+            "keep": folder.store.keep,
             "keep_best": limits.keep_best,
             "microbatch": plan.microbatch,
             "workers": "auto" if plan.measure_workers else plan.workers,
             "compile": plan.compile,
+            "on_full_disk": folder.saver.on_full_disk,
+            "grace_s": interrupts.grace_s,
         },
     )
 
 
 def take_over(started: Started, limits: Limits) -> Checkpoint | None:
     """Load the newest checkpoint that verifies, saying which newer ones did not."""
-    checkpoint, complaints = started.folder.store.newest_good()
+    store, checkpoint, complaints, notes = started.folder.store, None, list[str](), list[str]()
+    for found in store.good(complaints):
+        try:
+            notes = started.state.load(found.model, found.ema, found.state)
+            if (started.state.progress.step, type(found.state["events_bytes"])) != (found.step, int):
+                raise ValueError(f"its progress is at step {started.state.progress.step}")
+            checkpoint = found
+            break
+        except _UNFIT as error:  # its checksums are right and its content is not
+            complaints.append(f"{found.path.name} does not hold the state of a run: {error!r}")
     if complaints and checkpoint is None:
-        folder = started.folder.store.folder
         raise UserError(
             "no checkpoint of the run is good",
             why="\n          ".join(complaints),
-            remedy=f"mend them, or begin anew: another --out, or move {folder} away (it is left as it is)",
+            remedy=f"mend them, or begin anew: another --out, or move {store.folder} away (it is left as it is)",
         )
-    for complaint in complaints:
-        started.console.note(f"skipped a damaged checkpoint: {complaint}")
+    for note in [*(f"skipped a damaged checkpoint: {complaint}" for complaint in complaints), *notes]:
+        started.console.note(note)
     if checkpoint is not None:
-        state = started.state
-        state.load(checkpoint.model, checkpoint.ema, checkpoint.state)
         started.metrics = dict(checkpoint.metrics)
-        if state.progress.finished in ("epochs", "steps") and beyond(state.progress, limits):
-            state.progress.finished = None
+        progress = started.state.progress
+        if progress.finished in ("epochs", "steps") and beyond(progress, limits):
+            progress.finished = None
     return checkpoint
 
 

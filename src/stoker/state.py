@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from stoker.data.kept import explain_fitted, states_of
-from stoker.errors import UserError, nearest
+from stoker.errors import UserError
+from stoker.naming import names
+from stoker.naming.match import RESUMED, compare, explain
 from stoker.recipe import Objective, Recipe, num_required
 
 Tensors = Mapping[str, torch.Tensor]
@@ -33,6 +35,24 @@ class Progress:
     window_sum: dict[str, float] = field(default_factory=dict)  # since the last log line, by logged name
     window_count: dict[str, float] = field(default_factory=dict)
     finished: str | None = None  # why the run is complete
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> "Progress":
+        """Progress from a checkpoint.
+
+        Raises:
+            TypeError, ValueError: it is not what a run writes.
+        """
+        found = cls(**{**tree, "best": [(float(value), int(step)) for value, step in tree["best"]]})
+        counts = found.step, found.epoch, found.batch, found.skipped_steps, found.skipped_samples, found.stop_waited
+        if any(type(count) is not int or count < 0 for count in counts) or type(found.evaluated_step) is not int:
+            raise ValueError(f"a count of its progress is none: {dict(tree)}")
+        windows = {**found.window_sum, **found.window_count}
+        if not all(type(value) in (int, float) for value in windows.values()) or type(found.skipped_first) is not list:
+            raise ValueError("its log window holds no numbers")
+        if not isinstance(found.finished, str | None) or not isinstance(found.stop_best, int | float | None):
+            raise ValueError(f"it is finished for {found.finished!r}, to beat {found.stop_best!r}")
+        return found
 
 
 @dataclass
@@ -74,9 +94,9 @@ class TrainState:
         self.scaler = scaler
         losses = {name: o.loss for name, o in recipe.objectives.items() if isinstance(o.loss, nn.Module)}
         self.losses = {name: loss for name, loss in losses.items() if loss.state_dict()}
-        self.names = {p: name for name, p in model.named_parameters()}
+        self.names: dict[torch.Tensor, str] = {p: name for name, p in names.named_parameters(model).items()}
         for objective, loss in self.losses.items():
-            self.names |= {p: f"loss/{objective}/{name}" for name, p in loss.named_parameters()}
+            self.names |= {p: f"loss/{objective}/{name}" for name, p in names.named_parameters(loss).items()}
         self.objectives = [
             self._live(name, spec, total_steps, len(recipe.objectives) == 1) for name, spec in recipe.objectives.items()
         ]
@@ -159,13 +179,13 @@ class TrainState:
                 }
                 for o in self.objectives
             },
-            "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
+            "losses": {name: names.state_dict(loss) for name, loss in self.losses.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "fitted": self.fitted,
             "stream": self.stream,
             "carry": {o.name: o.carry for o in self.objectives},
             "transient": transient(self.model),
-            "model_extra": {k: v for k, v in self.model.state_dict().items() if not isinstance(v, torch.Tensor)},
+            "model_extra": {k: v for k, v in names.state_dict(self.model).items() if not isinstance(v, torch.Tensor)},
         }
 
     def _optimizer_tree(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -201,23 +221,22 @@ class TrainState:
             }
         )
 
-    def load(self, model: Tensors, ema: Tensors | None, tree: Mapping[str, Any]) -> None:
-        """Take over a checkpoint's content, strictly by name.
+    def load(self, model: Tensors, ema: Tensors | None, tree: Mapping[str, Any]) -> list[str]:
+        """Take over a checkpoint's content, strictly by name; return what is worth a word.
 
         Raises:
             UserError: names or shapes differ from this recipe's; nothing of it is then to be trusted.
         """
+        notes = []
         load_by_name(self.model, {**model, **tree["model_extra"]}, "model")
         load_transient(self.model, tree["transient"])
-        if (ema is None) != (self.ema is None):
-            raise UserError(
-                f"the checkpoint has {'no' if ema is None else 'an'} average of the weights, the recipe "
-                f"{'has ema=' if ema is None else 'none'}",
-                remedy="set ema= as it was when the run began",
-            )
-        if self.ema is not None and ema is not None:
-            load_by_name(self.ema, {**ema, **tree["model_extra"]}, "average")
+        if self.ema is not None:
+            load_by_name(self.ema, {**(model if ema is None else ema), **tree["model_extra"]}, "average")
             load_transient(self.ema, tree["transient"])
+            if ema is None:
+                notes.append(f"the average of the weights (ema={self.ema_decay}) begins with the checkpoint's weights")
+        elif ema is not None:
+            notes.append("the checkpoint's average of the weights is dropped, as the recipe has no ema=")
         _explain_names("objectives", set(tree["objectives"]), {o.name for o in self.objectives})
         for live in self.objectives:
             saved = tree["objectives"][live.name]
@@ -237,23 +256,22 @@ class TrainState:
             live.carry = _to(tree["carry"][live.name], device)
         explain_fitted(tree["fitted"], self.fitted)
         self.stream = tree["stream"]
-        progress = dict(tree["progress"])
-        progress["best"] = [(value, step) for value, step in progress["best"]]
-        self.progress = Progress(**progress)
+        self.progress = Progress.of(tree["progress"])
+        return notes
 
 
 def transient(module: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that a module leaves out of its state dict. A step may change them, so they are part of the state."""
-    kept = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name not in kept}
+    kept = names.state_dict(module).keys()
+    return {name: buffer for name, buffer in names.named_buffers(module).items() if name not in kept}
 
 
 def load_transient(module: nn.Module, buffers: Tensors) -> None:
     """Put such buffers back, also those that only a forward pass makes, or makes larger."""
     device = next(module.parameters()).device
     for name, tensor in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner).register_buffer(leaf, tensor.to(device, copy=True), persistent=False)
+        owner, leaf = names.owner_of_buffer(module, name)
+        owner.register_buffer(leaf, tensor.to(device, copy=True), persistent=False)
 
 
 def _to(tree: Any, device: torch.device) -> Any:
@@ -266,12 +284,15 @@ def _explain_names(what: str, saved: set[str], here: set[str]) -> None:
     missing, unexpected = sorted(here - saved), sorted(saved - here)
     if not missing and not unexpected:
         return
-    lines = [f"missing in the checkpoint: {name}{nearest(name, unexpected)}" for name in missing[:8]]
-    lines += [f"unknown to the recipe: {name}" for name in unexpected[:8]]
-    more = max(len(missing) - 8, 0) + max(len(unexpected) - 8, 0)
-    raise UserError(
-        f"{what}: the checkpoint's names are not the recipe's",
-        why="\n          ".join(lines + ([f"and {more} more"] if more else [])),
+    then, now = dict.fromkeys(sorted(saved)), dict.fromkeys(sorted(here))
+    raise _not_the_recipes(f"{what}: the checkpoint's names are not the recipe's", then, now)
+
+
+def _not_the_recipes(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> UserError:
+    lines = explain(compare(saved, here, exact=True), saved, here, RESUMED)
+    return UserError(
+        what,
+        why="\n          ".join(lines),
         remedy="resume with the source and arguments that the run began with (recipe.py and run.json in the run)",
     )
 
@@ -282,17 +303,11 @@ def load_by_name(module: nn.Module, tensors: Mapping[str, Any], what: str) -> No
     Raises:
         UserError: a name is missing or unknown, or a shape differs.
     """
-    here = module.state_dict()
-    _explain_names(what, set(tensors), set(here))
-    wrong = [
-        f"{name}: {tuple(saved.shape)} {saved.dtype} in the checkpoint, {tuple(own.shape)} {own.dtype} in the recipe"
-        for name, own in here.items()
-        if isinstance(own, torch.Tensor) and ((saved := tensors[name]).shape != own.shape or saved.dtype != own.dtype)
-    ]
+    here = names.state_dict(module)
+    report = compare(tensors, here, exact=True)
+    if report.missing or report.unexpected:
+        raise _not_the_recipes(f"{what}: the checkpoint's names are not the recipe's", tensors, here)
+    wrong = [*report.reshaped, *report.retyped]
     if wrong:
-        raise UserError(
-            f"{what}: {len(wrong)} shapes or types differ",
-            why="\n          ".join(wrong[:8]),
-            remedy="resume with the arguments that the run began with (run.json in the run)",
-        )
-    module.load_state_dict(dict(tensors), strict=True)
+        raise _not_the_recipes(f"{what}: {len(wrong)} shapes or types differ", tensors, here)
+    names.load_state_dict(module, tensors)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -18,8 +18,9 @@ from stoker.data.seeding import STEP, fold, seed_all
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError, nearest
 from stoker.evaluate import evaluate
-from stoker.interrupts import Interrupts
+from stoker.interrupts import Interrupted, Interrupts
 from stoker.losses import Mean, Shares, add_result, terms
+from stoker.naming import names
 from stoker.recipe import Recipe, unpack
 from stoker.state import Live, Progress, TrainState
 
@@ -37,7 +38,16 @@ class Record(Protocol):
         ...
 
     def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint of the state as it is now."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed since it was begun."""
+        ...
+
+    def settle(self, *, last: bool = False) -> None:
+        """Wait for the save that is being written, and say or raise what went wrong with it."""
         ...
 
     def save_is_cheap(self) -> bool:
@@ -52,6 +62,11 @@ class Nowhere:
         pass
 
     def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
+        pass
+
+    failed = False
+
+    def settle(self, *, last: bool = False) -> None:
         pass
 
     def save_is_cheap(self) -> bool:
@@ -161,32 +176,57 @@ def train(s: Session) -> Session:
     s._clock = (time.perf_counter(), progress.step)
     if progress.step:
         at_edge(s)  # what an interruption left undone: an evaluation, say
-    left = time.perf_counter()
     while not progress.finished and not s.interrupts.requested:
         began = progress.step
-        for batch, last in s.feed.epoch(progress.epoch, progress.batch):
-            s._waited_s += time.perf_counter() - left
-            s.between_steps = False
-            seed_all(fold(s.seed, STEP, progress.step))
-            for live in state.objectives:
-                if live.needs_closure:  # LBFGS calls forward and backward as often as it likes
-                    s.tally(live.log_name, live.optimizer.step(partial(forward_backward, s, live, batch)))
-                else:
-                    s.tally(live.log_name, forward_backward(s, live, batch))
-                    update(s, live)
-                live.carry, live.carried = live.carried, None
-                if live.scheduler is not None and not isinstance(live.scheduler, ReduceLROnPlateau):
-                    live.scheduler.step()
-            finish_step(s, last)
-            if is_edge(s, last):
-                at_edge(s)
-            if progress.finished or s.interrupts.requested:
-                break
-            left = time.perf_counter()
-        refuse_empty(progress, began)
-    if s.saved_step != progress.step:
-        save(s, interim=True)
+        try:
+            for batch, last in batches(s):
+                s.between_steps = False
+                seed_all(fold(s.seed, STEP, progress.step))
+                for live in state.objectives:
+                    if live.needs_closure:  # LBFGS calls forward and backward as often as it likes
+                        s.tally(live.log_name, live.optimizer.step(partial(forward_backward, s, live, batch)))
+                    else:
+                        s.tally(live.log_name, forward_backward(s, live, batch))
+                        update(s, live)
+                    advance(live)
+                finish_step(s, last)
+                if is_edge(s, last):
+                    at_edge(s)
+                if progress.finished or s.interrupts.requested:
+                    break
+        except Interrupted:
+            s.feed.cut()
+        if not s.interrupts.requested:
+            refuse_empty(progress, began)
+    conclude(s)
     return s
+
+
+def conclude(s: Session) -> None:
+    """See that the state as it is now is written."""
+    if s.saved_step != s.state.progress.step:
+        save(s, interim=True)
+    s.record.settle(last=True)
+
+
+def batches(s: Session) -> Iterator[tuple[Any, bool]]:
+    """Yield what is left of the epoch, noting the time that it is waited for.
+
+    Raises:
+        Interrupted: a signal came during the wait.
+    """
+    source = iter(s.feed.epoch(s.state.progress.epoch, s.state.progress.batch))
+    while True:
+        began = time.perf_counter()
+        try:
+            s.interrupts.waiting = True
+            fetched = None if s.interrupts.requested else next(source, None)
+        finally:
+            s.interrupts.waiting = False
+        if fetched is None:
+            return
+        s._waited_s += time.perf_counter() - began
+        yield fetched
 
 
 def refuse_empty(progress: Progress, began: int) -> None:
@@ -247,6 +287,13 @@ def update(s: Session, live: Live) -> None:
         live.optimizer._opt_called = True  # type: ignore[attr-defined]  # also if skipped: the schedule goes on
 
 
+def advance(live: Live) -> None:
+    """Hand on what the step carries over, and set the next learning rate."""
+    live.carry, live.carried = live.carried, None
+    if live.scheduler is not None and not isinstance(live.scheduler, ReduceLROnPlateau):
+        live.scheduler.step()
+
+
 def finish_step(s: Session, last: bool) -> None:
     """Count the step and prepare what the next one carries over."""
     progress, state = s.state.progress, s.state
@@ -300,6 +347,7 @@ def is_edge(s: Session, last: bool) -> bool:
         or (limits.eval_every is not None and step % limits.eval_every == 0)
         or (limits.checkpoint_every is not None and step % limits.checkpoint_every == 0)
         or s.interrupts.requested is not None
+        or s.record.failed
     )
 
 
@@ -308,6 +356,8 @@ def at_edge(s: Session) -> None:
     progress, limits, limit = s.state.progress, s.limits, at_limit(s)
     ended_epoch = progress.batch == 0
     s.settle()
+    if s.record.failed:
+        s.record.settle()
     if ended_epoch or limit or progress.step % limits.log_every == 0:
         log_window(s)
     judged = improved = False
@@ -401,7 +451,7 @@ def scalar(values: Mapping[str, Any], name: str) -> float:
 
 
 def save(s: Session, *, interim: bool = False) -> None:
-    """Write a checkpoint; weights that are not finite never replace good ones.
+    """Begin to write a checkpoint; weights that are not finite never replace good ones.
 
     An interim one, at a stop between two that are due, goes when the next is written: an interrupted run leaves what
     an uninterrupted one leaves.
@@ -422,11 +472,17 @@ def save(s: Session, *, interim: bool = False) -> None:
 
 def check_finite(s: Session) -> None:
     """Look at every weight once: one read of the model, where a save is about to read it anyway."""
-    named = [(n, p) for n, p in s.state.model.named_parameters() if p.is_floating_point() and p.numel()]
-    norms = torch._foreach_norm([p.detach() for _, p in named], float("inf"))
-    if not torch.stack([norm.float().cpu() for norm in norms]).isfinite().all():
-        name = next(n for (n, _), norm in zip(named, norms, strict=True) if not norm.isfinite())
-        raise NonFinite(f"parameter {name}", *s.last)
+    named = [
+        (n, p.detach()) for n, p in names.named_parameters(s.state.model).items() if p.is_floating_point() and p.numel()
+    ]
+    sums: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    for _, parameter in named:  # a sum is not finite if one term is not, and much faster than a search
+        sums[parameter.device].append(parameter.sum().float())
+    if all(torch.stack(found).isfinite().all() for found in sums.values()):
+        return
+    for name, parameter in named:
+        if not parameter.isfinite().all():  # or else the sum was too large, and nothing is wrong
+            raise NonFinite(f"parameter {name}", *s.last)
 
 
 def leaves(tree: Any, path: str) -> list[tuple[str, Any]]:

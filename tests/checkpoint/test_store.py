@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import stoker
-from stoker.checkpoint.store import Damaged, Store, read
+from stoker.checkpoint.saver import Staging
+from stoker.checkpoint.store import Damaged, Store, read, snapshot
 from stoker.errors import UserError
 from stoker.state import load_by_name
 
@@ -39,7 +40,7 @@ def save(folder: Path, step: int, *, keep: int = 2, keep_best: int = 1, **change
         "state": {"progress": {"step": step}, "momentum": torch.full((50, 40), float(step))},
         "best": [],
     }
-    return Store(folder, keep=keep, keep_best=keep_best).save(**{**content, **changes})
+    return Store(folder, keep=keep, keep_best=keep_best).write(Staging().stage(snapshot(**{**content, **changes})))
 
 
 def steps(folder: Path) -> list[int]:

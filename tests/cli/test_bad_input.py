@@ -75,14 +75,28 @@ def boom(*args):
     raise ValueError("boom")
 
 
+STEP_S = 0.0
+
+
 def loss(output, target):
+    time.sleep(STEP_S)
     if (target == 2).any():
         return output.sum() * float("nan")
     return 100 * nn.functional.cross_entropy(output, target)
 
 
-def recipe(fault: str = "", lr: float = 1e-3, n: int = 32, n_val: int = 8, batch_size: int = 4, sleep_s: float = 0.0):
+def recipe(
+    fault: str = "",
+    lr: float = 1e-3,
+    n: int = 32,
+    n_val: int = 8,
+    batch_size: int = 4,
+    sleep_s: float = 0.0,
+    step_s: float = 0.0,
+):
     """Fails where `fault` says."""
+    global STEP_S
+    STEP_S = step_s
     if fault == "function":
         boom()
     if fault == "nothing":
@@ -569,13 +583,13 @@ def test_a_finished_run_again(file: Path, log: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_second_interrupt_leaves_at_once(file: Path, tmp_path: Path, workers: int) -> None:
-    """Nor do workers in the middle of a sample keep the process."""
-    words = ["train", file, "sleep_s=0.3", "--epochs", 9, "--log-every", 1, "--workers", workers]
+    """In the middle of a step; nor do workers keep the process."""
+    words = ["train", file, "step_s=1", "--steps", 9, "--log-every", 1, "--workers", workers]
     process = start([*words, "--out", tmp_path / "out"], tmp_path / "log")
     log_file = tmp_path / "out" / "events.jsonl"
     while process.is_alive() and not (log_file.exists() and log_file.stat().st_size):
         time.sleep(0.01)
-    time.sleep(0.1)  # until the next batch is being read, for 0.3 s a sample: the first signal waits for its step
+    time.sleep(0.1)  # until the next step is being taken, for 1 s: the first signal waits for its end
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)

@@ -153,7 +153,19 @@ def test_help(file: Path, log: Path) -> None:
         assert lines["deep"] == ["bool", "default", "False"]
     text = said("train", f"{file}:needs", "--help", log=log)
     assert text.count("required") == 2
-    for command in ("resume", "show", "eval", "predict", "lr"):
+    for command in (
+        "resume",
+        "show",
+        "eval",
+        "predict",
+        "lr",
+        "verify",
+        "runs",
+        "compare",
+        "pack",
+        "reproduce",
+        "export",
+    ):
         assert f"stoker {command}" in said(command, "--help", log=log)
 
 

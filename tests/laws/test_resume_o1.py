@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import stoker
-from stoker.checkpoint.store import Store, read
+from stoker.checkpoint.saver import Staging
+from stoker.checkpoint.store import Store, read, snapshot
 
 STEP, BATCH, MORE = 1_000_000, 2, 3
 
@@ -59,8 +60,9 @@ def at_a_million(out: Path, recipe: stoker.Recipe) -> None:
     saved = read(latest)
     state = dict(saved.state)
     state["progress"] = {**state["progress"], "step": STEP, "batch": STEP, "finished": None}
-    Store(out / "checkpoints", keep=1).save(
-        step=STEP, epoch=0, loss=None, metrics={}, model=saved.model, ema=None, state=state, best=[]
+    fields = {"step": STEP, "epoch": 0, "loss": None, "metrics": {}, "best": []}
+    Store(out / "checkpoints", keep=1).write(
+        Staging().stage(snapshot(model=saved.model, ema=None, state=state, **fields))
     )
 
 

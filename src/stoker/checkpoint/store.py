@@ -9,22 +9,23 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from stoker.checkpoint.tree import flatten, unflatten
-from stoker.errors import UserError
+from stoker.checkpoint.tree import Json, flatten, unflatten
+from stoker.files import open_regular, own_folder, read_text, remove, sync
 
 FORMAT = 1
 _REPLACED = ".replaced-"
-_NAME = re.compile(r"step-(\d{8,})-epoch-(\d+)(?:-loss-[^/]+)?")
+_NAME = re.compile(r"step-(\d{8,18})-epoch-(\d+)(?:-loss-[^/]+)?")
+
+Files = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,46 +41,63 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from: values as JSON, and tensors by file and name.
+
+    Attributes:
+        best: steps of the best checkpoints, best first.
+        interim: written at a stop between two that are due; goes with the next save.
+    """
+
+    step: int
+    epoch: int
+    loss: float | None
+    metrics: Json
+    state: Json
+    files: Files
+    best: tuple[int, ...] = ()
+    interim: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint's folder."""
+        shown = f"-loss-{self.loss:.4f}" if self.loss is not None else ""
+        return f"step-{self.step:08d}-epoch-{self.epoch}{shown}"
+
+
+def snapshot(
+    *,
+    step: int,
+    epoch: int,
+    loss: float | None,
+    metrics: Mapping[str, Any],
+    model: Mapping[str, torch.Tensor],
+    ema: Mapping[str, torch.Tensor] | None,
+    state: Mapping[str, Any],
+    best: list[int],
+    interim: bool = False,
+) -> Snapshot:
+    """Take down the values of a state as they are now; its tensors are referred to.
+
+    Raises:
+        UserError: something in it is neither data nor a dense tensor.
+    """
+    encoded, tensors = flatten(state)
+    files = {"model.safetensors": model, "state.safetensors": tensors}
+    if ema is not None:
+        files["ema.safetensors"] = ema
+    finite = loss if loss is not None and math.isfinite(loss) else None
+    return Snapshot(step, epoch, finite, flatten(metrics)[0], encoded, files, tuple(best), interim)
+
+
 class Damaged(Exception):
     """A checkpoint that is not what was written; the message says which file and how."""
 
 
-def _saveable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors that share no memory: tied weights are written under each of their names."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        storage = tensor.untyped_storage()
-        alone = storage.data_ptr() not in seen and tensor.is_contiguous()
-        if not alone or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(storage.data_ptr())
-        out[name] = tensor
-    return out
-
-
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader sees the old text or the new one."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
 
 
 class Store:
@@ -94,115 +112,118 @@ class Store:
     def __init__(self, folder: Path, *, keep: int = 2, keep_best: int = 1) -> None:
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
 
-    def save(
-        self,
-        *,
-        step: int,
-        epoch: int,
-        loss: float | None,
-        metrics: Mapping[str, Any],
-        model: Mapping[str, torch.Tensor],
-        ema: Mapping[str, torch.Tensor] | None,
-        state: Mapping[str, Any],
-        best: list[int],
-        interim: bool = False,
-    ) -> Path:
+    def write(self, saved: Snapshot) -> Path:
         """Write a checkpoint, move the links and drop what neither rule keeps.
 
-        `best` lists the steps of the best checkpoints, best first. An `interim` checkpoint goes with the next save.
+        Args:
+            saved: its tensors are contiguous and share no memory, as those that were staged.
 
         Raises:
-            UserError: it cannot be written (disk full, no permission); those already there are untouched.
+            OSError: it cannot be written (disk full, no permission); those already there are untouched.
         """
-        shown = f"-loss-{loss:.4f}" if loss is not None and math.isfinite(loss) else ""
-        final = self.folder / f"step-{step:08d}-epoch-{epoch}{shown}"
-        partial = self.folder / f".partial-{step:08d}"
+        final, partial = self.folder / saved.name, self.folder / f".partial-{saved.step:08d}"
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir()
-            encoded, tensors = flatten(state)
-            files = {"model.safetensors": model, "state.safetensors": tensors}
-            if ema is not None:
-                files["ema.safetensors"] = ema
             written = {}
-            for name, content in files.items():
-                save_file(_saveable(content), partial / name, metadata={"format": "pt"})
-                _sync(partial / name)
+            for name, tensors in saved.files.items():
+                try:
+                    save_file(dict(tensors), partial / name, metadata={"format": "pt"})
+                except SafetensorError as error:
+                    raise _as_os_error(error) from error
+                (partial / name).chmod(partial.stat().st_mode & 0o666)  # the library keeps it to its owner
+                sync(partial / name)
                 written[name] = {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
             record = {
                 "format": FORMAT,
-                "step": step,
-                "epoch": epoch,
-                "loss": loss if shown else None,
-                "metrics": flatten(metrics)[0],
-                "interim": interim,
+                "step": saved.step,
+                "epoch": saved.epoch,
+                "loss": saved.loss,
+                "metrics": saved.metrics,
+                "interim": saved.interim,
                 "files": written,
-                "state": encoded,
+                "state": saved.state,
             }
             record["sha256"] = _digest(record)  # the record guards the files, and itself
-            (partial / "checkpoint.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
-            _sync(partial / "checkpoint.json")
-            _sync(partial)
-            # The same step may be there from a stop before its evaluation. It goes once this one is in place.
-            former = [path for path in self.all() if step_of(path) == step]
-            if final in former:
-                final.rename(self.folder / f"{_REPLACED}{final.name}")
-            partial.rename(final)
-            _sync(self.folder)
-            for path in former:
-                if path != final:
-                    shutil.rmtree(path)
-            self._link("latest", final.name)
-            self._link_best(best)
-            self._prune(step, best)
-        except (OSError, SafetensorError) as error:
-            latest = self.latest()
-            resumes_at = latest.name if latest is not None else "the start"
-            raise UserError(
-                f"cannot write checkpoint {final}: {error}",
-                why="the disk is full, its quota is used up, or it is not writable",
-                remedy=f"make room, then run the same command again; it goes on from {resumes_at}",
-            ) from error
+            (partial / "checkpoint.json").write_text(_spelled(record), encoding="utf-8")
+            sync(partial / "checkpoint.json")
+            sync(partial)
+            self._put_in_place(partial, final, saved.step)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
+        self._link("latest", final.name)
+        self._link_best(saved.best)
+        self._prune(saved)
         return final
+
+    def _put_in_place(self, partial: Path, final: Path, step: int) -> None:
+        # The same step may be there from a stop before its evaluation. It goes once this one is in place.
+        former = [path for path in self.all() if step_of(path) == step]
+        if final in former:
+            final.rename(self.folder / f"{_REPLACED}{final.name}")
+        partial.rename(final)
+        sync(self.folder)
+        for path in former:
+            if path != final:
+                remove(path)
 
     def _link(self, name: str, target: str) -> None:
         partial = self.folder / f".{name}.tmp"
-        partial.unlink(missing_ok=True)  # of a save that was killed
+        remove(partial)  # of a save that was killed
         partial.symlink_to(target)
         partial.replace(self.folder / name)
 
-    def _link_best(self, best: list[int]) -> None:
+    def _link_best(self, best: tuple[int, ...]) -> None:
         by_step = {step_of(path): path for path in self.all()}
         present = [step for step in best if step in by_step]
         if present:
             self._link("best", by_step[present[0]].name)
 
-    def _prune(self, step: int, best: list[int]) -> None:
-        paths = self.all()
+    def _prune(self, saved: Snapshot) -> None:
+        step, paths = saved.step, self.all()
         upto = [path for path in paths if step_of(path) == step or (step_of(path) < step and not _is_interim(path))]
-        kept = set(upto[-max(self.keep, 1) :]) | {p for p in upto if step_of(p) in best[: max(self.keep_best, 1)]}
+        best = saved.best[: max(self.keep_best, 1)]
+        kept = set(upto[-max(self.keep, 1) :]) | {path for path in upto if step_of(path) in best}
         for path in paths:  # later steps are the past of a run that went back to this one
             if path not in kept:
-                doomed = path.with_name(f".dropped-{path.name}")
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+                self._drop(path)
         for kind in ("dropped", "partial", "replaced"):
             for stray in self.folder.glob(f".{kind}-*"):
-                shutil.rmtree(stray)
+                remove(stray)
         for link in (".latest.tmp", ".best.tmp"):  # of a save that was killed, and that no later link replaced
-            (self.folder / link).unlink(missing_ok=True)
+            remove(self.folder / link)
 
-    def all(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        for replaced in self.folder.glob(f"{_REPLACED}*"):  # a kill came between two renames
+    def _drop(self, path: Path) -> None:
+        doomed = path.with_name(f".dropped-{path.name}")
+        path.rename(doomed)
+        remove(doomed)
+
+    def make_room(self, saved: Snapshot) -> bool:
+        """Drop a checkpoint that would go anyway once `saved` is written; whether there was one.
+
+        The newest one stays, and so does the best.
+        """
+        older = [path for path in self.all() if step_of(path) < saved.step]
+        kept = {*older[-max(self.keep - 1, 1) :], self.best()}
+        for path in older:
+            if path not in kept and step_of(path) not in saved.best[: max(self.keep_best, 1)]:
+                self._drop(path)
+                return True
+        return False
+
+    def recover(self) -> None:
+        """Put a checkpoint back whose replacement a kill prevented. For whoever holds the run, and nobody else."""
+        for replaced in self.folder.glob(f"{_REPLACED}*"):
             original = self.folder / replaced.name.removeprefix(_REPLACED)
             if not original.exists():
                 replaced.rename(original)
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return []
         found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
         return sorted(found, key=step_of)
 
@@ -217,15 +238,24 @@ class Store:
         target = self.folder / os.readlink(link) if link.is_symlink() else None
         return target if target in self.all() else None
 
+    def good(self, complaints: list[str]) -> Iterator[Checkpoint]:
+        """Read checkpoints that verify, newest first, adding to `complaints` what is wrong with others."""
+        for path in reversed(self.all()):
+            try:
+                yield read(path)
+            except Damaged as error:
+                complaints.append(str(error))
+
     def newest_good(self) -> tuple[Checkpoint | None, list[str]]:
         """Read the newest checkpoint that verifies; also say what was wrong with newer ones."""
         complaints: list[str] = []
-        for path in reversed(self.all()):
-            try:
-                return read(path), complaints
-            except Damaged as error:
-                complaints.append(str(error))
-        return None, complaints
+        return next(self.good(complaints), None), complaints
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """What the library makes a text of: `I/O error: No space left on device (os error 28)`."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found.group(1)), os.strerror(int(found.group(1)))) if found else OSError(str(error))
 
 
 def step_of(path: Path) -> int:
@@ -243,6 +273,10 @@ def _is_interim(path: Path) -> bool:
         return False
 
 
+def _spelled(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, allow_nan=False)
+
+
 def _digest(record: Mapping[str, Any]) -> str:
     text = json.dumps({k: v for k, v in record.items() if k != "sha256"}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -255,12 +289,15 @@ def read_record(path: Path) -> dict[str, Any]:
         Damaged: it is missing, not what was written, or of a newer format.
     """
     try:
-        record = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-        if record["sha256"] != _digest(record):
+        text = read_text(path / "checkpoint.json")
+        record = json.loads(text)
+        if record["sha256"] != _digest(record) or text != _spelled(record):  # a blank that became a tab, too
             raise Damaged(f"{path.name}/checkpoint.json does not match its checksum")
         if record["format"] != FORMAT:
             raise Damaged(f"{path.name} has format {record['format']}, this stoker reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if (type(record["step"]), record["step"]) != (int, step_of(path)) or type(record["epoch"]) is not int:
+            raise Damaged(f"{path.name}/checkpoint.json is that of step {record['step']}, epoch {record['epoch']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path.name}/checkpoint.json cannot be read: {error}") from error
     return dict(record)
 
@@ -278,16 +315,31 @@ def read(path: Path) -> Checkpoint:
             path=path,
             step=record["step"],
             epoch=record["epoch"],
-            metrics=unflatten(record["metrics"], {}),
+            metrics=dict(unflatten(record["metrics"], {})),
             model=tensors["model.safetensors"],
             ema=tensors.get("ema.safetensors"),
-            state=unflatten(record["state"], tensors["state.safetensors"]),
+            state=dict(unflatten(record["state"], tensors["state.safetensors"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path.name}/checkpoint.json does not describe a checkpoint: {error!r}") from error
 
 
-def _read_tensors(path: Path, name: str, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def verify(path: Path) -> dict[str, Any]:
+    """Check every byte of a checkpoint without building its tensors; return its record.
+
+    Raises:
+        Damaged: a file is missing, truncated or altered; the message names it.
+    """
+    record = read_record(path)
+    try:
+        for name, entry in record["files"].items():
+            _verify_file(path, name, entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path.name}/checkpoint.json does not describe a checkpoint: {error!r}") from error
+    return record
+
+
+def _verify_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     file = path / name
     if Path(name).name != name or file.is_symlink():
         raise Damaged(f"{path.name}/checkpoint.json names a file outside the checkpoint: {name!r}")
@@ -296,8 +348,17 @@ def _read_tensors(path: Path, name: str, expected: Mapping[str, Any]) -> dict[st
             raise Damaged(f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
         if _sha256(file) != expected["sha256"]:
             raise Damaged(f"{path.name}/{name} does not match its checksum")
-        # Copies begin at aligned addresses, as tensors do that were never saved: BLAS sums in an order that
-        # depends on the address, and LBFGS, which works on its saved vectors in place, would differ in a bit.
-        return {key: tensor.clone() for key, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError) as error:  # a name with a null byte
+        raise Damaged(f"{path.name}/{name} cannot be read: {error}") from error
+
+
+def _read_tensors(path: Path, name: str, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    _verify_file(path, name, expected)
+    try:
+        # One tensor at a time, each into memory of its own: reading costs no more than the state itself. Copies begin
+        # at aligned addresses, as tensors do that were never saved: BLAS sums in an order that depends on the
+        # address, and LBFGS, which works on its saved vectors in place, would differ in a bit.
+        with safe_open(path / name, "pt", backend="pread") as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (it is not a dict)
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise Damaged(f"{path.name}/{name} cannot be read: {error}") from error

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from stoker import __version__
+from stoker.cli.compare import compare
 from stoker.cli.doctor import doctor
 from stoker.cli.evaluate import evaluate, predict
+from stoker.cli.export import export
+from stoker.cli.load import load
 from stoker.cli.lr import lr
+from stoker.cli.pack import pack, reproduce, unpack
+from stoker.cli.runs import runs
 from stoker.cli.show import show
 from stoker.cli.train import resume, train
+from stoker.cli.verify import verify
 from stoker.errors import UserError, recipes_fault
 
 if TYPE_CHECKING:
@@ -28,7 +34,23 @@ def cli() -> None:
     """Train PyTorch models: a run is a pure function of its recipe, its arguments and its seed."""
 
 
-for command in (train, resume, show, evaluate, predict, lr, doctor):
+for command in (
+    train,
+    resume,
+    show,
+    evaluate,
+    predict,
+    lr,
+    load,
+    doctor,
+    verify,
+    runs,
+    compare,
+    pack,
+    unpack,
+    reproduce,
+    export,
+):
     cli.add_command(command)
 
 
@@ -80,3 +102,4 @@ def main() -> None:
             with started:
                 if started.session is not None:
                     train(started.session)
+            sys.exit(started.exit_code)

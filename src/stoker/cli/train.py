@@ -41,6 +41,20 @@ def run_options(function: Decorated) -> Decorated:
         ),
         click.option("--workers", metavar="N|auto", help="Processes that read samples; auto measures."),
         click.option("--compile", is_flag=True, default=None, help="Compile the model."),
+        click.option(
+            "--on-full-disk",
+            type=click.Choice(["continue", "wait", "stop"]),
+            help="What to do when a checkpoint does not fit (default continue).",
+        ),
+        click.option(
+            "--grace", "grace_s", type=float, metavar="S", help="Seconds after a signal in which the process ends."
+        ),
+        click.option(
+            "--requeue-exit",
+            type=click.IntRange(0, 255),
+            metavar="CODE",
+            help="Exit code after SIGTERM or SIGUSR1 (default 0; 75 in a Slurm job).",
+        ),
         click.option("--quiet", is_flag=True, default=None, help="No progress, no summary."),
         click.option(
             "--force",
@@ -89,17 +103,23 @@ def resume(run: str, **options: Any) -> "Started":
     """Go on with an unfinished run, with its own recipe, arguments, seed and limits."""
     from pathlib import Path
 
+    from stoker.recall import rebuild, recorded_options, require_identity
     from stoker.run import RunDir
-    from stoker.start import rebuild, recorded_options, require_identity
 
     folder = RunDir(Path(run))
     identity = require_identity(folder)
     given = {name: value for name, value in options.items() if value is not None}
-    return begin(rebuild(folder, identity), {**recorded_options(identity), **given, "out": run})
+    return begin(
+        rebuild(folder, identity, force=bool(given.get("force"))), {**recorded_options(identity), **given, "out": run}
+    )
 
 
 def begin(recipe: Any, options: dict[str, Any]) -> "Started":
     """Start a session with the options that were given; the others take the API's defaults."""
     from stoker.start import prepare
 
-    return prepare(recipe, **{name: value for name, value in options.items() if value is not None})
+    requeue_exit = options.pop("requeue_exit", None)
+    started = prepare(recipe, **{name: value for name, value in options.items() if value is not None})
+    if requeue_exit is not None:
+        started.interrupts.exit_code = requeue_exit
+    return started

@@ -31,6 +31,10 @@ class Feed(Protocol):
         """Take over such a state; `force`: even where the data turn out to differ."""
         ...
 
+    def cut(self) -> None:
+        """Leave the epoch where it was before the batch that is being fetched: a signal ended the wait for it."""
+        ...
+
     def close(self) -> None:
         """Release workers."""
         ...
@@ -46,6 +50,9 @@ class Positional:
         return None
 
     def restore(self, state: Any, *, force: bool = False) -> None:
+        pass
+
+    def cut(self) -> None:
         pass
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, NamedTuple, Protocol
 
 import torch
@@ -249,7 +251,7 @@ def _serve(work: Work, connection: Connection, board: Any, inherited: _Inherited
     for other in inherited.others:
         other.close()
     _end_with_parent()
-    _leave_signals_to_parent()
+    _pass_signals_on()
     if inherited.stacks is not None:
         faulthandler.enable(inherited.stacks)
         faulthandler.register(signal.SIGUSR2, inherited.stacks)
@@ -283,15 +285,31 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _leave_signals_to_parent() -> None:
-    """Leave a signal sent to the whole job to the main process, which needs its workers to finish the step.
+def _pass_signals_on() -> None:
+    """Let a signal that reaches this process alone reach the main process, which needs its workers to finish the step.
 
     The second SIGTERM ends a worker: the first may be the scheduler's, a later one is meant.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getppid() == parent and _catches(parent, number):  # one that does not would end of it
+            os.kill(parent, number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all
+    signal.signal(signal.SIGTERM, pass_on)
     if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+        signal.signal(signal.SIGUSR1, pass_on)
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process handles a signal, by /proc; no, where there is none."""
+    with contextlib.suppress(OSError):
+        caught = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+        return caught is not None and bool(int(caught.group(1), 16) >> (number - 1) & 1)
+    return False
 
 
 def _state_of(pid: int) -> str:

@@ -327,6 +327,8 @@ class StreamFeed:
         self.skipped: list[Skipped] = []
         self._at: tuple[int, int] | None = None  # epoch and batch that come next,
         self._places: tuple[list[Place], bool] | None = None  # where that is, and whether to take it on trust
+        self._was_cut = False
+        self._used: tuple[list[Place], bool] | None = None  # before the batch that is being fetched
         self._sources: list[Callable[[], Taken]] = []
         self._alive: dict[int, list[Place]] = {}  # sources that have samples left in the epoch,
         self._ends: dict[int, list[Place]] = {}  # and where each of all of them stands
@@ -335,7 +337,7 @@ class StreamFeed:
 
     def state(self) -> Any:
         """Where the lanes stand before the next batch, with what it will begin with; None before the first."""
-        if self._places is None and self._at is not None and not self._ahead:
+        if self._places is None and self._at is not None and not self._ahead and not self._was_cut:
             self._ahead.append(self._take(*self._at))  # between two epochs
         places = self._ahead[0].before if self._ahead else self._places[0] if self._places else None
         return [place.tree() for place in places] if places else None
@@ -353,6 +355,7 @@ class StreamFeed:
             self._shut()
         self._at, number, last = (epoch, start), start, False
         while not last:
+            self._used = self._places
             try:
                 batch, last = self._next(epoch, number)
             except BaseException:
@@ -437,6 +440,11 @@ class StreamFeed:
         self._alive, self._ahead = {}, []
         for pool in pools:
             pool.close()
+
+    def cut(self) -> None:
+        """Stand before the batch that is being fetched, which may have arrived, and read nothing more."""
+        self._shut()
+        self._places, self._was_cut = self._used, True
 
     def close(self) -> None:
         """Release the workers."""

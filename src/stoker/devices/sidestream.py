@@ -24,14 +24,17 @@ class SideStream:
     def __init__(self, feed: Feed, device: torch.device) -> None:
         self._feed, self._device, self._stream = feed, device, torch.cuda.Stream(device)
         self._state: Any = None
+        self._used: Any = None  # the state before the batch that is being fetched
         self.skipped: list[Skipped] = []
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
         held: _Sent | None = None
+        self._used = self._state
         for batch, last in self._feed.epoch(epoch, start):
             sent = self._send(batch, last)
             if held is not None:
                 yield self._hand_out(held)
+                self._used = self._state
             held = sent
         if held is not None:
             yield self._hand_out(held)
@@ -71,6 +74,10 @@ class SideStream:
 
     def restore(self, state: Any, *, force: bool = False) -> None:
         self._feed.restore(state, force=force)
+
+    def cut(self) -> None:
+        self._feed.cut()
+        self._state = self._used
 
     def close(self) -> None:
         self._feed.close()

@@ -10,6 +10,7 @@ from stoker.data.loader import Loader, open_feed, sample_ids
 from stoker.data.seeding import STEP, fold, seed_all
 from stoker.errors import UserError
 from stoker.losses import terms
+from stoker.naming import names
 from stoker.recipe import unpack
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def explain(s: "Session", error: "NonFinite") -> UserError:
 
 
 def _cause(s: "Session", error: "NonFinite", ids: list[int] | None) -> str:
-    bad = [name for name, p in s.state.model.named_parameters() if not p.isfinite().all()]
+    bad = [name for name, p in names.named_parameters(s.state.model).items() if not p.isfinite().all()]
     if bad:
         return f"the update of an earlier step left the parameter {bad[0]} not finite ({len(bad)} in all)"
     size = s.recipe.train.batch_size if isinstance(s.recipe.train, Loader) else None
@@ -36,8 +37,8 @@ def _cause(s: "Session", error: "NonFinite", ids: list[int] | None) -> str:
     batch = s.strategy.place(next(feed.epoch(error.epoch, error.batch))[0])
     rows = _bad_rows(batch)
     if rows:
-        names = [f"sample {ids[row]}" if ids is not None and row < len(ids) else f"row {row}" for row in rows[:8]]
-        return f"the data themselves are not finite: {', '.join(names)}"
+        known = [f"sample {ids[row]}" if ids is not None and row < len(ids) else f"row {row}" for row in rows[:8]]
+        return f"the data themselves are not finite: {', '.join(known)}"
     return replay(s, batch, error.step) or "the loss function, given finite outputs"
 
 
@@ -76,13 +77,13 @@ def _bad_rows(batch: Any) -> list[int]:
 def replay(s: "Session", batch: Any, step: int) -> str | None:
     """Run a step's forward passes under hooks; name the first module with finite inputs and another output."""
     culprit: list[str] = []
-    names = {module: name or "(the model itself)" for name, module in s.state.model.named_modules()}
+    called = {m: name or "(the model itself)" for name, m in names.named_modules(s.state.model).items()}
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not culprit and _finite([args, kwargs]) and not _finite(output):
-            culprit.append(f"module {names[module]} ({type(module).__name__}) gave the first value that is not finite")
+            culprit.append(f"module {called[module]} ({type(module).__name__}) gave the first value that is not finite")
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in called]
     seed_all(fold(s.seed, STEP, step))
     try:
         for live in s.state.objectives:

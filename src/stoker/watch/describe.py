@@ -14,10 +14,10 @@ from stoker.data.loader import Loader, check_source, open_feed
 from stoker.data.seeding import isolated, seed_all_plainly
 from stoker.errors import UserError
 from stoker.probes.summary import summary
+from stoker.recall import require_identity
 from stoker.recipe import unpack
 from stoker.run import RunDir
 from stoker.source import describe, load_source
-from stoker.start import require_identity
 from stoker.watch.console import shown, terminal
 
 

@@ -1,0 +1,1 @@
+"""Runs in a folder: found, listed, compared; without importing torch."""

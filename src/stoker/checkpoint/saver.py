@@ -1,0 +1,222 @@
+"""Saving beside the training: the loop waits while its state is copied, the rest happens on a thread."""
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from stoker.checkpoint.store import Files, Snapshot, Store
+from stoker.errors import UserError
+from stoker.naming import names
+
+ON_FULL_DISK = ("continue", "wait", "stop")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ALIGNED = 64  # bytes: what vectorised copies like
+_LOOK_S = 1.0  # between looks whether there is room now
+
+
+class Staging:
+    """Host memory that states are copied into: allocated once, again where a state has grown; pinned beside a GPU."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._layout: list[tuple[torch.Size, torch.dtype]] = []
+        self._places: list[torch.Tensor] = []
+
+    def reserve(self, size_bytes: int, *, pinned: bool = False) -> None:
+        """Have room for a state of that size."""
+        if size_bytes > len(self._buffer):
+            self._layout, self._places = [], []
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # first, so that both are never there at once
+            self._buffer = _allocate(size_bytes, pinned=pinned)
+
+    def copy(self, files: Files) -> dict[str, dict[str, torch.Tensor]]:
+        """Copy tensors; the copies are views of one buffer, and valid until the next call."""
+        tensors = [tensor.detach() for content in files.values() for tensor in content.values()]
+        devices = {tensor.device.type for tensor in tensors} - {"cpu"}
+        self._lay_out(tensors, pinned=bool(devices))
+        torch._foreach_copy_(self._places, tensors, non_blocking=True)
+        if devices:
+            torch.accelerator.synchronize()
+        found = iter(self._places)
+        return {name: {key: next(found) for key in content} for name, content in files.items()}
+
+    def stage(self, saved: Snapshot) -> Snapshot:
+        """Return the snapshot with copies of its tensors."""
+        return replace(saved, files=self.copy(saved.files))
+
+    def _lay_out(self, tensors: list[torch.Tensor], *, pinned: bool) -> None:
+        layout = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        if layout == self._layout:
+            return
+        sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
+        self.reserve(sum(sizes), pinned=pinned)
+        begins = [0, *accumulate(sizes)]
+        cut = [self._buffer[begin : begin + t.nbytes] for begin, t in zip(begins, tensors, strict=False)]
+        self._places = [place.view(t.dtype).view(t.shape) for place, t in zip(cut, tensors, strict=True)]
+        self._layout = layout
+
+
+def _allocate(size: int, *, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    if not hasattr(mmap, "MADV_DONTFORK"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)  # data workers would make every later save copy it page by page
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    ctypes.memset(buffer.data_ptr(), 0, size)  # have the pages now: on the saver's thread, beside the first steps
+    return buffer
+
+
+class Saver:
+    """Writes checkpoints of one run on a thread, at most one at a time.
+
+    Args:
+        store: where they go.
+        on_full_disk: what a full disk means after everything that retention gives up is gone: "continue" trains on
+            and says so, "wait" pauses until there is room, "stop" ends the run.
+    """
+
+    def __init__(self, store: Store, on_full_disk: str = "continue") -> None:
+        self.store, self.on_full_disk = store, on_full_disk
+        self.warn: Callable[[str], None] = print
+        self.interrupted: Callable[[], bool] = lambda: False  # whether a signal asks the run to end
+        self.took_s = 0.0  # of the last save, on both threads
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stoker-save")
+        self._write: Future[None] | None = None
+        self._job: _Job | None = None
+        self._paused_at = -1  # step at which it was said that the run waits
+        self._missing: tuple[Snapshot, OSError] | None = None  # the newest, if it could not be written
+
+    def save(self, saved: Snapshot, events: int) -> None:
+        """Take a copy of a state and begin to write it; first see the save before through.
+
+        Args:
+            saved: refers to tensors that may change as soon as this returns.
+            events: descriptor of the event log, to be on disk before the checkpoint that remembers its length.
+
+        Raises:
+            UserError: the save before has failed, or something in the state cannot be saved.
+        """
+        self.settle()
+        began = time.perf_counter()
+        refuse_dtypes(saved.files)
+        self._job = _Job(self.store, self._staging.stage(saved), events, began)
+        self._write = self._thread.submit(self._job)
+
+    def reserve(self, size_bytes: int, *, pinned: bool) -> None:
+        """Have memory for copies of about that size ready, without waiting for it."""
+        self._thread.submit(self._staging.reserve, size_bytes + size_bytes // 64, pinned=pinned)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._write is not None and not self._write.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a write has failed that nobody has been told of."""
+        return self._write is not None and self._write.done() and self._write.exception() is not None
+
+    def settle(self, *, last: bool = False) -> None:
+        """See the write in flight through; where it fails, do what `on_full_disk` says.
+
+        Args:
+            last: no other save will follow, so that to go on without this one is no choice.
+
+        Raises:
+            UserError: it has failed, and the run cannot go on.
+        """
+        while self._write is not None and self._job is not None:
+            error = self._write.exception()
+            self._write, self.took_s = None, self._job.took_s
+            if error is None:
+                self._missing = None
+            elif not isinstance(error, OSError):
+                raise error
+            elif self.again(self._job.saved, error, last=last):
+                self._write = self._thread.submit(self._job)
+        if last and self._missing is not None:
+            self.again(*self._missing, last=True)
+
+    def again(self, saved: Snapshot, error: OSError, *, last: bool = False) -> bool:
+        """Decide on something of a save that could not be written: whether to try again, after a moment's wait.
+
+        Raises:
+            UserError: it ends the run.
+        """
+        latest = self.store.latest()
+        kept = latest.name if latest is not None else "the start"
+        full = error.errno in FULL
+        self._missing = saved, error
+        if full and self.on_full_disk == "continue" and not last:
+            self.warn(f"could not save step {saved.step}: {error}. Training goes on; a kill now goes back to {kept}")
+            return False
+        if full and self.on_full_disk == "wait" and not self.interrupted():
+            if self._paused_at != saved.step:
+                self._paused_at = saved.step
+                self.warn(f"paused at step {saved.step}: {error}. It goes on when there is room in {self.store.folder}")
+            time.sleep(_LOOK_S)
+            return True
+        raise UserError(
+            f"cannot write checkpoint {self.store.folder / saved.name}: {error}",
+            why="the disk is full, or its quota is used up" if full else "",
+            remedy=f"{'make room' if full else 'mend that'}, then run the same command again; it goes on from {kept}",
+        ) from error
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown()
+
+
+@dataclass
+class _Job:
+    """One checkpoint to write."""
+
+    store: Store
+    saved: Snapshot
+    events: int
+    began: float
+    took_s: float = 0.0
+
+    def __call__(self) -> None:
+        try:
+            os.fsync(self.events)
+            while True:
+                try:
+                    self.store.write(self.saved)
+                    return
+                except OSError as error:
+                    if error.errno not in FULL or not self.store.make_room(self.saved):
+                        raise
+        finally:
+            self.took_s = time.perf_counter() - self.began
+
+
+def refuse_dtypes(files: Files) -> None:
+    """Refuse tensors that the file format has no name for.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    for content in files.values():
+        for name, tensor in content.items():
+            if tensor.dtype in (torch.complex128, torch.complex32) or tensor.is_quantized:
+                raise UserError(
+                    f"cannot save {name}: safetensors has no {str(tensor.dtype).removeprefix('torch.')}",
+                    remedy="keep it as torch.view_as_real(tensor), or as another type",
+                )
+
+
+def tensors_of(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """Tensors of a module's state dict, by names free of wrappers."""
+    return names.tensors(module)
