@@ -73,10 +73,17 @@ def check_room(store: Store, needed: int, *, resumed: bool) -> Iterator[str]:
     """Compare what checkpoints of `needed` bytes take with what the disk and its quota have; yield what is to be said.
 
     Raises:
-        UserError: not even the first one fits. A run that is `resumed` may drop older ones instead.
+        UserError: there can be no such folder, or not even the first one fits. A run that is `resumed` may drop older
+            ones instead.
     """
     folder = store.folder
-    own_folder(folder)
+    try:
+        own_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoints to {folder}: {error.strerror or error}",
+            remedy="move what is there away, or choose another --out",
+        ) from None
     probe, free = folder / ".partial-room", shutil.disk_usage(folder).free
     try:
         _reserve(probe, needed, free)

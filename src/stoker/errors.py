@@ -25,12 +25,18 @@ class UserError(Exception):
         return _user_error, (self.what, self.why, self.remedy)
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [plain(self.what)]
         if self.why:
-            lines.append(f"  why:    {self.why}")
+            lines.append(f"  why:    {plain(self.why)}")
         if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+            lines.append(f"  remedy: {plain(self.remedy)}")
         return "\n".join(lines)
+
+
+def plain(text: object, keep: str = "\n\t") -> str:
+    """Spell what a terminal would obey instead of show, in names out of a stranger's files for example."""
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def _user_error(what: str, why: str, remedy: str) -> UserError:

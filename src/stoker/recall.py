@@ -1,14 +1,20 @@
 """From a run's folder back to its recipe."""
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stoker.checks import refuse_changes
-from stoker.errors import UserError
+from stoker.errors import UserError, plain
+from stoker.files import open_regular
 from stoker.recipe import Recipe, local_modules
 from stoker.run import Identity, RunDir
-from stoker.source import Source, load_source
+from stoker.source import Source, load_file
+
+_DIFF_LINES = 30
+_SOURCE_BYTES = 1 << 22  # no recipe is longer
 
 
 def recorded_options(identity: Identity) -> dict[str, Any]:
@@ -43,7 +49,8 @@ def rebuild(folder: RunDir, identity: Identity, *, force: bool = False) -> Recip
     if now is None:
         return recall(folder, identity)
     refuse_changes(folder, now, identity, force)
-    return _called(load_source(f"{identity.file}:{identity.function}"), identity)
+    source = load_file(Path(identity.file or ""), identity.function or "", modules=identity.modules)
+    return _called(source, identity)
 
 
 def recall(folder: RunDir, identity: Identity) -> Recipe:
@@ -60,20 +67,32 @@ def recall(folder: RunDir, identity: Identity) -> Recipe:
         )
     where = Path(identity.file) if identity.file is not None else None
     now = source_now(identity)
-    if now is not None and not now.differences(identity):
-        return _called(load_source(f"{where}:{identity.function}"), identity)
+    differences = now.differences(identity) if now is not None else []
+    if now is not None and not differences:
+        source = load_file(Path(identity.file or ""), identity.function, modules=identity.modules)
+        return _called(source, identity)
+    if differences:
+        shown = "\n  ".join([*differences[:_DIFF_LINES], *(["..."] if len(differences) > _DIFF_LINES else [])])
+        print(plain(f"stoker: {where} has changed since; the run's own source is used:\n  {shown}"), file=sys.stderr)
     kept = (folder.path / "recipe.py").resolve()
-    recipe = _called(load_source(f"{kept}:{identity.function}", original=where or kept), identity)
+    source = load_file(kept, identity.function, original=where or kept, modules=identity.modules)
+    recipe = _called(source, identity)
     recipe.origin = replace(recipe.origin, file=where, modules=identity.modules)
     return recipe
 
 
 def source_now(identity: Identity) -> Identity | None:
     """Identity with the text that the recipe's file and its modules have now, not run; None where it is gone."""
-    if identity.file is None or identity.function is None or not Path(identity.file).is_file():
+    if identity.file is None or identity.function is None or not identity.file.endswith(".py"):
+        return None  # what differs is shown: a stranger's run may name a key, a pipe, or a file without an end
+    try:
+        file = Path(identity.file).resolve()
+        with open_regular(file) as opened:
+            size = min(os.fstat(opened.fileno()).st_size, _SOURCE_BYTES)
+            text = opened.read(size).decode("utf-8", errors="replace")
+    except (OSError, ValueError, RuntimeError):
         return None
-    file = Path(identity.file).resolve()
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     return replace(identity, source=text, modules=local_modules(file, text))
 
 

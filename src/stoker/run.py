@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from stoker import __version__
+from stoker.catalog.runfiles import DamagedRun, read_recorded
 from stoker.checkpoint.saver import FULL, Saver, tensors_of
 from stoker.checkpoint.store import Snapshot, Store, snapshot
 from stoker.errors import UserError
@@ -170,9 +171,11 @@ class RunDir:
     def read_identity(self) -> Identity | None:
         """Identity that the folder's run began with; None in an empty folder."""
         try:
-            recorded = json.loads(read_text(self.path / "run.json"))
+            recorded = read_recorded(self.path) if (self.path / "run.json").exists() else None
+            if recorded is None:
+                raise FileNotFoundError
             source = read_text(self.path / "recipe.py")
-            if recorded["source_sha256"] != hashlib.sha256(source.encode()).hexdigest():
+            if recorded["source_sha256"] != _sha256(source):
                 raise ValueError("recipe.py beside it is not the source that it began with")
             return Identity(
                 recipe=str(recorded["recipe"]["name"]),
@@ -180,32 +183,39 @@ class RunDir:
                 file=recorded["recipe"]["file"],
                 arguments=dict(recorded["recipe"]["arguments"]),
                 source=source,
-                modules={name: read_text(self._module(name)) for name in recorded["modules"]},
+                modules={name: self._module(name, recorded["modules_sha256"]) for name in recorded["modules"]},
                 seed=recorded["seed"],
                 precision=recorded["plan"]["precision"],
-                options=dict(recorded["options"]),
+                options=_options(recorded["options"]),
                 **recorded["limits"],
             )
         except FileNotFoundError:
             if not self.store.all():  # nothing yet, or killed before its source was written
                 return None
-            raise UserError(f"{self.path} lacks the source of its recipe", remedy="put it back there") from None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            missing = [name for name in ("run.json", "recipe.py") if not (self.path / name).exists()]
+            raise UserError(
+                f"{self.path} lacks {' and '.join(missing) or 'a module of its source'}",
+                remedy="put it back there",
+            ) from None
+        except (DamagedRun, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}/run.json cannot be read: {error!r}",
                 why="it was damaged, or written by another version of stoker",
             ) from error
 
-    def _module(self, name: str) -> Path:
-        """Path of a module that the run keeps.
+    def _module(self, name: str, checksums: Mapping[str, str]) -> str:
+        """Text of a module that the run keeps.
 
         Raises:
-            ValueError: it is not inside the run.
+            ValueError: it is not inside the run, or not what the run began with.
         """
         folder, path = (self.path / "source").resolve(), (self.path / "source" / name).resolve()
         if (self.path / "source").is_symlink() or not path.is_relative_to(folder):
             raise ValueError(f"{name!r} is not a module of the run")
-        return path
+        text = read_text(path)
+        if checksums[name] != _sha256(text):
+            raise ValueError(f"source/{name} is not the source that it began with")
+        return text
 
     def read_architecture(self) -> dict[str, str]:
         """The model as it was when the run began, module by module; empty where that is not recorded."""
@@ -235,7 +245,8 @@ class RunDir:
             },
             "options": dict(identity.options),
             "modules": sorted(identity.modules),
-            "source_sha256": hashlib.sha256(identity.source.encode()).hexdigest(),
+            "modules_sha256": {name: _sha256(text) for name, text in sorted(identity.modules.items())},
+            "source_sha256": _sha256(identity.source),
             "git_commit": _git_commit(Path(identity.file).parent) if identity.file else None,
             "versions": {
                 "stoker": __version__,
@@ -248,9 +259,10 @@ class RunDir:
         try:
             write_atomically(self.path / "run.json", json.dumps(recorded, indent=1))  # first: it marks the folder ours
             for name, text in identity.modules.items():
-                module = own_folder(self.path / "source") / name
-                module.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(module, text)
+                folder = own_folder(self.path / "source")
+                for part in Path(name).parent.parts:
+                    folder = own_folder(folder / part)
+                write_atomically(folder / Path(name).name, text)
             write_atomically(self.path / "recipe.py", identity.source)
         except OSError as error:
             raise UserError(
@@ -263,9 +275,15 @@ class RunDir:
         Raises:
             UserError: it cannot be written.
         """
-        self._events = _open_for_writing(self.path / "events.jsonl")
-        if os.fstat(self._events.fileno()).st_size > size_bytes:
-            os.ftruncate(self._events.fileno(), size_bytes)
+        try:
+            self._events = _open_for_writing(self.path / "events.jsonl")
+            if os.fstat(self._events.fileno()).st_size > size_bytes:
+                os.ftruncate(self._events.fileno(), size_bytes)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}/events.jsonl: {error.strerror or error}",
+                remedy="move what is there away, if it is not the log; or choose another --out",
+            ) from None
 
     def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
         """Append one event per value."""
@@ -332,6 +350,38 @@ class RunDir:
             if file is not None:
                 file.close()
         self._events = self._lock = None
+
+
+_COUNT, _FRACTION, _MAYBE = (int,), (int, float), (int, type(None))
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "checkpoint_every": _MAYBE,
+    "log_every": _COUNT,
+    "keep": _COUNT,
+    "keep_best": _COUNT,
+    "microbatch": _MAYBE,
+    "workers": (int, str),
+    "compile": (bool,),
+    "on_full_disk": (str,),
+    "grace_s": (*_FRACTION, type(None)),
+}
+
+
+def _options(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `fit` as `run.json` keeps them: these and no others, which could say to write elsewhere, or by force.
+
+    Raises:
+        ValueError: one is not what stoker writes.
+    """
+    for name, value in recorded.items():
+        if name not in _OPTIONS or type(value) not in _OPTIONS[name]:
+            raise ValueError(f"{name}={value!r} is no option of a run")
+        if isinstance(value, int | float) and not abs(value) < 1 << 63:
+            raise ValueError(f"{name} is no number of a run")
+    return dict(recorded)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _open_for_writing(path: Path) -> FileIO:

@@ -2,11 +2,14 @@
 
 import ast
 import enum
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,20 +106,33 @@ class Source:
         return recipe
 
 
-def load_source(spec: str, *, original: Path | None = None) -> Source:
+def load_source(spec: str) -> Source:
     """Import `FILE.py[:FUNCTION]` (default function: recipe); the file's own folder is importable from it.
-
-    Args:
-        spec: file and function.
-        original: where the file is a copy that a run keeps, the path that it takes itself to be at, to find data
-            beside it; modules come from the folder `source` beside the copy.
 
     Raises:
         UserError: no such file or function, or the file raises while it is imported.
     """
-    path, _, function_name = spec.partition(":")
-    file = Path(path).expanduser()
-    function_name = function_name or "recipe"
+    path, colon, function_name = ("", "", "") if spec.endswith(".py") else spec.rpartition(":")
+    return load_file(Path(path if colon else spec).expanduser(), function_name if colon else "")
+
+
+def load_file(
+    file: Path, function_name: str, *, original: Path | None = None, modules: Mapping[str, str] | None = None
+) -> Source:
+    """Import a function (default: recipe) of a file.
+
+    Args:
+        file: a Python file.
+        function_name: of a function that is defined in it.
+        original: where the file is a copy that a run keeps, the path that it takes itself to be at, to find data
+            beside it.
+        modules: text of the modules that a run keeps, by path, which are all that a copy imports; the function has to
+            be one of theirs or of the file's, not any that they import.
+
+    Raises:
+        UserError: no such file or function, or the file raises while it is imported.
+    """
+    path, function_name = str(file), function_name or "recipe"
     if not file.is_file():
         siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise UserError(
@@ -128,9 +144,14 @@ def load_source(spec: str, *, original: Path | None = None) -> Source:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}", why=str(error)) from None
-    module = _import(original or file, text, file.parent / "source" if original else file.parent)
+    if original is None:
+        module = _import(file, text, file.parent)
+    else:
+        _Kept(file.parent / "source", modules or {}).install()
+        module = _run(file, text, original)
     function = getattr(module, function_name, None)
-    if not callable(function):
+    homes = None if modules is None else {module.__name__, *map(_dotted, modules)}
+    if not callable(function) or (homes is not None and _foreign(function, homes)):
         functions = [
             n for n, v in vars(module).items() if isinstance(v, types.FunctionType) and v.__module__ == module.__name__
         ]
@@ -141,14 +162,66 @@ def load_source(spec: str, *, original: Path | None = None) -> Source:
     return Source(file, function_name, function, text)
 
 
+def _foreign(function: Any, homes: Collection[str]) -> bool:
+    """Whether it is another module's: after `from os import system`, a forged run.json could call that."""
+    kinds = types.FunctionType | types.BuiltinFunctionType | type
+    function = inspect.unwrap(function)
+    return isinstance(function, kinds) and function.__module__ not in homes
+
+
+def _dotted(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+class _Kept(importlib.abc.ExecutionLoader, importlib.abc.MetaPathFinder):
+    """Modules that a run keeps, from their texts alone: no byte code, library or other file beside them is run."""
+
+    def __init__(self, folder: Path, texts: Mapping[str, str]) -> None:
+        self._folder, self._texts = folder, texts
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Specify a module, or a package, that the run keeps."""
+        place = name.replace(".", "/")
+        if self._relative(name) is not None:
+            package = [str(self._folder / place)] if self.is_package(name) else None
+            return importlib.util.spec_from_file_location(
+                name, self.get_filename(name), loader=self, submodule_search_locations=package
+            )
+        if any(text.startswith(f"{place}/") for text in self._texts):  # a folder without __init__.py
+            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(self._folder / place)]
+            return spec
+        return None
+
+    def _relative(self, name: str) -> str | None:
+        place = name.replace(".", "/")
+        return next((path for path in (f"{place}/__init__.py", f"{place}.py") if path in self._texts), None)
+
+    def is_package(self, fullname: str) -> bool:
+        """Whether a name is that of a package's `__init__.py`."""
+        return (self._relative(fullname) or "").endswith("/__init__.py")
+
+    def get_filename(self, fullname: str) -> str:
+        """Path of a module, for tracebacks."""
+        return str(self._folder / (self._relative(fullname) or ""))
+
+    def get_source(self, fullname: str) -> str:
+        """Text of a module."""
+        return self._texts[self._relative(fullname) or ""]
+
+    def install(self) -> None:
+        """Answer imports from now on, instead of another run; modules of that name are loaded anew."""
+        sys.meta_path[:] = [self, *(finder for finder in sys.meta_path if not isinstance(finder, _Kept))]
+        for path in self._texts:
+            sys.modules.pop(_dotted(path), None)
+
+
 def _import(file: Path, text: str, folder: Path) -> types.ModuleType:
-    name = file.stem if file.stem.isidentifier() and file.stem not in sys.modules else f"_recipe_{abs(hash(file)):x}"
     main = sys.modules.get("__main__")
     script = getattr(main, "__file__", None)
     if main is not None and script and Path(str(script)).resolve() == file and folder == file.parent:
         return main  # a script that trains: importing it again would train again
-    module = types.ModuleType(name)
-    module.__file__ = str(file)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Kept)]
     places = list(dict.fromkeys([str(folder), str(file.parent)]))
     sys.path[:] = [*places, *(entry for entry in sys.path if entry not in places)]
     for path in local_modules(folder / file.name, text):  # another recipe's `data.py` is not this one's
@@ -156,6 +229,14 @@ def _import(file: Path, text: str, folder: Path) -> types.ModuleType:
         stranger = getattr(sys.modules.get(imported), "__file__", None)
         if stranger is not None and Path(stranger) != folder / path:
             del sys.modules[imported]
+    return _run(file, text, file)
+
+
+def _run(file: Path, text: str, place: Path) -> types.ModuleType:
+    """Make a module of a file's text, which takes itself to be at `place`; nothing is read there."""
+    name = place.stem if place.stem.isidentifier() and place.stem not in sys.modules else f"_recipe_{abs(hash(file)):x}"
+    module = types.ModuleType(name)
+    module.__file__ = str(place)
     sys.modules[name] = module
     try:
         # From the text that the run keeps, never from cached byte code, which can be that of a second ago.
@@ -230,7 +311,7 @@ def convert(text: str, annotation: Any) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 

@@ -1,5 +1,7 @@
 """From a recipe to a run: fit and resume. Everything is put together here once, before the loop."""
 
+import os
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,6 +199,7 @@ class Started:
         folder.saver.interrupted = lambda: interrupts.requested is not None
         self.session: Session | None = None
         self.metrics: dict[str, Any] = {}
+        self.taken_step = -1  # of the checkpoint that was taken over
 
     def open(
         self,
@@ -260,12 +263,23 @@ class Started:
         if error is None:
             signal = self.interrupts.requested
             self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
+        if isinstance(error, _UNFIT) and self.session is not None and self._is_first(error):
+            raise UserError(
+                f"the optimizer cannot go on from the checkpoint of step {progress.step}: {error!r}",
+                why="what the checkpoint has of the optimizer, or of its schedule, does not fit",
+                remedy=f"move that checkpoint out of {self.folder.store.folder}: the run goes on from the one before",
+            ) from error
         if isinstance(error, NonFinite) and self.session is not None:
             raise self._explained(self.session, error) from error
         if isinstance(error, IndexError | RuntimeError) and self.session is not None:
             explanation = explain_labels(self.session)
             if explanation is not None:
                 raise explanation from error
+
+    def _is_first(self, error: BaseException) -> bool:
+        """Whether torch's optimizer, or schedule, failed in the first step after a resume."""
+        inner = traceback.extract_tb(error.__traceback__)[-1].filename
+        return 0 < self.state.progress.step == self.taken_step and f"{os.sep}torch{os.sep}optim{os.sep}" in inner
 
     def _rescue(self, s: Session, error: Exception) -> None:
         """Save what was trained before data, a metric or a function of the user's failed between two steps."""
@@ -366,6 +380,7 @@ def start(
                 started.console.note(note)
             folder.saver.reserve(room, pinned=strategy.device.type != "cpu")
             folder.open_events(checkpoint.state["events_bytes"] if checkpoint is not None else 0)
+            started.taken_step = checkpoint.step if checkpoint is not None else -1
             started.open(
                 recipe, strategy, limits, seed, checkpoint.step if checkpoint is not None else -1, on_step, force
             )

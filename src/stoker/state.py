@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,9 +48,11 @@ class Progress:
         counts = found.step, found.epoch, found.batch, found.skipped_steps, found.skipped_samples, found.stop_waited
         if any(type(count) is not int or count < 0 for count in counts) or type(found.evaluated_step) is not int:
             raise ValueError(f"a count of its progress is none: {dict(tree)}")
-        windows = {**found.window_sum, **found.window_count}
-        if not all(type(value) in (int, float) for value in windows.values()) or type(found.skipped_first) is not list:
+        windows = [*found.window_sum.values(), *found.window_count.values()]
+        if not all(type(value) in (int, float) for value in windows) or type(found.skipped_first) is not list:
             raise ValueError("its log window holds no numbers")
+        if found.window_sum.keys() != found.window_count.keys() or max([*counts, found.evaluated_step]) >= 1 << 62:
+            raise ValueError("a count of its log window is missing, or one of its progress is absurd")
         if not isinstance(found.finished, str | None) or not isinstance(found.stop_best, int | float | None):
             raise ValueError(f"it is finished for {found.finished!r}, to beat {found.stop_best!r}")
         return found
@@ -214,6 +217,8 @@ class TrainState:
             for names, group in zip(now, raw["param_groups"], strict=True)
             for name, i in zip(names, group["params"], strict=True)
         }
+        for group, own in zip(tree["groups"], raw["param_groups"], strict=True):
+            refuse_kinds(group, own, f"{live.name}/optimizer")
         live.optimizer.load_state_dict(
             {
                 "state": {id_of[name]: value for name, value in tree["state"].items()},
@@ -228,6 +233,7 @@ class TrainState:
             UserError: names or shapes differ from this recipe's; nothing of it is then to be trusted.
         """
         notes = []
+        progress = Progress.of(tree["progress"])
         load_by_name(self.model, {**model, **tree["model_extra"]}, "model")
         load_transient(self.model, tree["transient"])
         if self.ema is not None:
@@ -241,12 +247,7 @@ class TrainState:
         for live in self.objectives:
             saved = tree["objectives"][live.name]
             self._load_optimizer(live, saved["optimizer"])
-            if (live.scheduler is None) != (saved["scheduler"] is None):
-                raise UserError(
-                    f"objective {live.name!r} had {'no' if live.scheduler else 'a'} schedule when it was saved"
-                )
-            if live.scheduler is not None:
-                live.scheduler.load_state_dict(saved["scheduler"])
+            _load_scheduler(live, saved["scheduler"])
         for name, loss in self.losses.items():
             load_by_name(loss, tree["losses"][name], f"loss of {name}")
         if self.scaler is not None and tree["scaler"]:
@@ -256,8 +257,41 @@ class TrainState:
             live.carry = _to(tree["carry"][live.name], device)
         explain_fitted(tree["fitted"], self.fitted)
         self.stream = tree["stream"]
-        self.progress = Progress.of(tree["progress"])
+        self.progress = progress
         return notes
+
+
+def _load_scheduler(live: Live, saved: Mapping[str, Any] | None) -> None:
+    if live.scheduler is None or saved is None:
+        if live.scheduler is None and saved is None:
+            return
+        raise UserError(f"objective {live.name!r} had {'no' if live.scheduler else 'a'} schedule when it was saved")
+    refuse_kinds(saved, live.scheduler.state_dict(), f"{live.name}/scheduler")
+    for name in saved:
+        if name == "optimizer" or callable(getattr(type(live.scheduler), name, None)):
+            raise ValueError(f"{live.name}/scheduler has {name!r}, which would take the place of a method")
+    live.scheduler.load_state_dict(saved)
+
+
+_NUMBERS = (int, float, np.generic, torch.Tensor)
+
+
+def refuse_kinds(saved: Any, own: Any, path: str) -> None:
+    """Compare a saved tree with one of its own kind, part by part; what only one of them has is passed over.
+
+    Raises:
+        TypeError: a part is of another kind, naming it.
+    """
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        for name in saved.keys() & own.keys() - {"params"}:
+            refuse_kinds(saved[name], own[name], f"{path}/{name}")
+    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and len(own) == len(saved):
+        for i, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+            refuse_kinds(theirs, ours, f"{path}/{i}")
+    elif own is None or (isinstance(own, bool) and saved is None):  # an option that was not given, then or now
+        return
+    elif not (type(own) is type(saved) or (isinstance(own, _NUMBERS) and isinstance(saved, _NUMBERS))):
+        raise TypeError(f"{path} is a {type(saved).__name__}, not a {type(own).__name__}")
 
 
 def transient(module: nn.Module) -> dict[str, torch.Tensor]:

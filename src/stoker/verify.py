@@ -1,16 +1,18 @@
 """Whether a run's files are what was written."""
 
 import json
-import re
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.budget import spelled
 from stoker.checkpoint.store import Damaged, verify
-from stoker.errors import UserError
+from stoker.errors import UserError, plain
 from stoker.files import open_regular
 from stoker.recall import require_identity
 from stoker.run import RunDir
+
+_EVENT_BYTES = 1 << 20  # no line of the events is longer
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def verify_run(path: Path) -> list[Finding]:
     if (path / "checkpoint.json").is_file():
         return [_checkpoint(path.resolve())]
     folder = RunDir(path)
-    if not (path / "run.json").is_file():
+    if not os.path.lexists(path / "run.json") and not folder.store.all():
         require_identity(folder)
     found = [_checkpoint(checkpoint) for checkpoint in folder.store.all()]
     return [*found, *_links(folder), _records(folder), _events(path / "events.jsonl")]
@@ -66,25 +68,28 @@ def _records(folder: RunDir) -> Finding:
 
 
 def _events(path: Path) -> Finding:
-    count, line = 0, b""
+    count, last = 0, b""
     try:
         with open_regular(path) as lines:
-            for line in lines:
+            while line := lines.readline(_EVENT_BYTES):
+                last = line
                 if line.endswith(b"\n"):
                     event = json.loads(line)
                     if not {"step", "epoch", "name", "value"} <= event.keys():
                         raise ValueError("it is not an event")
                     count += 1
+                elif len(line) == _EVENT_BYTES:
+                    raise ValueError("it is too long for an event")
+        cut = ", and one that was cut off: a resume writes it again" if last and not last.endswith(b"\n") else ""
     except FileNotFoundError:
         return Finding(path.name, True, "none yet")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         return Finding(path.name, False, f"line {count + 1}: {error}")
-    cut = "" if not line or line.endswith(b"\n") else ", and one that was cut off: a resume writes it again"
     return Finding(path.name, True, f"{count} events{cut}")
 
 
 def shown(findings: list[Finding]) -> list[str]:
     """A line for each finding."""
-    width = max(len(finding.name) for finding in findings)
-    lines = [f"{f.name:{width}}  {'good   ' if f.good else 'DAMAGED'}  {f.words}" for f in findings]
-    return [re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", line) for line in lines]  # names in a stranger's files
+    rows = [(plain(f.name, ""), "good   " if f.good else "DAMAGED", plain(f.words, "")) for f in findings]
+    width = max(len(name) for name, _, _ in rows)
+    return [f"{name:{width}}  {good}  {words}" for name, good, words in rows]

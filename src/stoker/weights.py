@@ -15,7 +15,7 @@ from stoker.checkpoint.foreign import read_foreign, state_dict_in, weights_in
 from stoker.checkpoint.store import Checkpoint, Damaged, read
 from stoker.data.kept import restoring
 from stoker.data.seeding import isolated, seed_all_plainly
-from stoker.errors import UserError
+from stoker.errors import UserError, plain
 from stoker.files import read_text
 from stoker.naming import names
 from stoker.naming.match import LoadReport, compare, load_tensors, short
@@ -28,6 +28,7 @@ from stoker.state import load_by_name, load_transient
 
 _DIFF_LINES = 30
 _LISTED = 40  # tensors of a file
+_PARTS = ("model_extra", "transient", "losses", "fitted")  # of a checkpoint's state, that weights are taken from
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def load_weights(
 
 def told(found: Loaded) -> str:
     """The warning for weights that fit a model that computes something else."""
-    lines = "\n  ".join(found.differences)
+    lines = plain("\n  ".join(found.differences))
     return f"the weights of {found.weights.label} fit, but this model is not the one they were trained in:\n  {lines}"
 
 
@@ -263,6 +264,23 @@ def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Modul
         UserError: the weights are not the recipe's.
     """
     model = _build(recipe, seed)
+    try:
+        _restore(model, recipe, checkpoint)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise _unfit(checkpoint, error) from error
+    return model.eval()
+
+
+def _unfit(checkpoint: Checkpoint, error: Exception) -> UserError:
+    """What to say of a checkpoint whose checksums are right, and whose content is not that of a run."""
+    return UserError(
+        f"a damaged checkpoint: {checkpoint.path.name} does not hold the state of a run",
+        why=repr(error),
+        remedy="choose another one of the run by its path",
+    )
+
+
+def _restore(model: nn.Module, recipe: Recipe, checkpoint: Checkpoint) -> None:
     weights = checkpoint.ema if checkpoint.ema is not None else checkpoint.model
     load_by_name(model, {**weights, **checkpoint.state["model_extra"]}, "model")
     load_transient(model, checkpoint.state["transient"])
@@ -275,7 +293,6 @@ def restore_model(recipe: Recipe, checkpoint: Checkpoint, seed: int) -> nn.Modul
                 remedy="give the recipe that the run began with, or model= alone: stoker.load(run, model)",
             )
         load_by_name(loss, tensors, f"loss of {name}")
-    return model.eval()
 
 
 def find_checkpoint(folder: RunDir, path: Path | None, which: str) -> Checkpoint:
@@ -292,7 +309,12 @@ def find_checkpoint(folder: RunDir, path: Path | None, which: str) -> Checkpoint
     if chosen is None:
         raise UserError(f"{folder.path} has no checkpoint yet", remedy=f"stoker resume {folder.path}")
     try:
-        return read(chosen)
+        checkpoint = read(chosen)
+        wrong = [name for name in _PARTS if not isinstance(checkpoint.state.get(name), Mapping)]
+        fitted = {} if wrong else checkpoint.state["fitted"]
+        if wrong or not all(isinstance(text, str) for pair in fitted.items() for text in pair):
+            raise Damaged(f"{chosen.name}/checkpoint.json lacks {(wrong or ['fitted'])[0]}")
+        return checkpoint
     except Damaged as error:
         raise UserError(f"a damaged checkpoint: {error}", remedy="choose another one of the run by its path") from error
 

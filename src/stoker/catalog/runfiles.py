@@ -46,6 +46,8 @@ def read_recorded(run: Path) -> dict[str, Any]:
     if not isinstance(recorded, dict):
         raise DamagedRun("run.json is not an object")
     _check(recorded, "run.json", recipe=dict, seed=int, plan=dict, limits=dict, options=dict, modules=list)
+    if not -(1 << 63) <= recorded["seed"] < 1 << 64:
+        raise DamagedRun("run.json: seed is no seed")
     _check(recorded["recipe"], "run.json: recipe", name=str, arguments=dict)
     _check(recorded["plan"], "run.json: plan", precision=str)
     for part, names, kind in (

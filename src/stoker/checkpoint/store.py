@@ -268,7 +268,7 @@ def step_of(path: Path) -> int:
 
 def _is_interim(path: Path) -> bool:
     try:
-        return bool(read_record(path)["interim"])
+        return bool(read_record(path).get("interim"))
     except Damaged:
         return False
 
@@ -341,9 +341,9 @@ def verify(path: Path) -> dict[str, Any]:
 
 def _verify_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     file = path / name
-    if Path(name).name != name or file.is_symlink():
-        raise Damaged(f"{path.name}/checkpoint.json names a file outside the checkpoint: {name!r}")
     try:
+        if Path(name).name != name or file.is_symlink():
+            raise Damaged(f"{path.name}/checkpoint.json names a file outside the checkpoint: {name!r}")
         if file.stat().st_size != expected["bytes"]:
             raise Damaged(f"{path.name}/{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
         if _sha256(file) != expected["sha256"]:

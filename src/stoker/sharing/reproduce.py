@@ -22,7 +22,7 @@ from stoker.run import Identity, jsonable
 from stoker.sharing.agreement import Agreement, Verdict, agreement, weights_in_words
 from stoker.sharing.archive import Whole, opened, whole
 from stoker.sharing.environment import differences, distributions, environment
-from stoker.source import load_source
+from stoker.source import load_file
 from stoker.start import Run, prepare
 from stoker.train import train
 
@@ -214,7 +214,9 @@ def _recipe(original: Whole, file: Path, overrides: Sequence[str]) -> tuple[Reci
     """Call the run's own source with its own arguments, and those given anew; return these, too."""
     identity = original.identity
     try:
-        source = load_source(f"{file}:{identity.function}", original=Path(identity.file or file))
+        source = load_file(
+            file, identity.function or "", original=Path(identity.file or file), modules=identity.modules
+        )
         asked = source.arguments(overrides)
         # What JSON cannot keep, a class say, is recorded by its spelling: where that is the default's, it is meant.
         defaults = {name: jsonable(p.default) for name, p in parameters_of(source.function).items()}

@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from stoker.errors import plain
+
 if TYPE_CHECKING:
     from stoker.plan import Plan
     from stoker.state import Progress, TrainState
@@ -51,10 +53,18 @@ class Console(Protocol):
         ...
 
 
+class _Plain(Terminal):
+    """Shows texts as they are: names in a run may be a stranger's, and hold markup or commands for the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make what is printed of a string."""
+        return super().render_str(plain(text), **{**options, "markup": False, "emoji": False})
+
+
 def terminal() -> Terminal:
     """Return standard output; a pipe, which has no width of its own, gets one that cuts no name off."""
-    found = Terminal(soft_wrap=True, highlight=False)
-    return found if found.is_terminal or found.is_jupyter else Terminal(soft_wrap=True, highlight=False, width=200)
+    found = _Plain(soft_wrap=True, highlight=False)
+    return found if found.is_terminal or found.is_jupyter else _Plain(soft_wrap=True, highlight=False, width=200)
 
 
 def console_for(quiet: bool) -> Console:
@@ -80,7 +90,7 @@ class Quiet:
         pass
 
     def note(self, text: str) -> None:
-        print(f"stoker: {text}", file=sys.stderr)
+        print(f"stoker: {plain(text)}", file=sys.stderr)
 
     def stop(self) -> None:
         pass
@@ -135,7 +145,7 @@ class Lines:
                 self._terminal.print(self._text())
 
     def note(self, text: str) -> None:
-        self._terminal.print(Text(f"note: {text}", style="yellow"))
+        self._terminal.print(Text(f"note: {plain(text)}", style="yellow"))
 
     def stop(self) -> None:
         if self._live is not None:
@@ -195,7 +205,8 @@ class Lines:
 def shown(metrics: Mapping[str, Any], limit: int = 6) -> dict[str, float]:
     """The numbers that a reader follows."""
     hidden = ("time/", "system/", "train/lr", "train/skipped")
-    found = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.startswith(hidden)}
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 1 << 1023)}
+    found = {k: v for k, v in numbers.items() if not k.startswith(hidden)}
     return dict(list(found.items())[:limit])
 
 

@@ -1,18 +1,16 @@
 """`stoker show`: a run, or a recipe, in words."""
 
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from stoker.checkpoint.store import Damaged, read_record
-from stoker.checkpoint.tree import unflatten
+from stoker.catalog.runfiles import DamagedRun, metrics_of, read_record, read_recorded
 from stoker.data.loader import Loader, check_source, open_feed
 from stoker.data.seeding import isolated, seed_all_plainly
-from stoker.errors import UserError
+from stoker.errors import UserError, plain
 from stoker.probes.summary import summary
 from stoker.recall import require_identity
 from stoker.recipe import unpack
@@ -22,10 +20,18 @@ from stoker.watch.console import shown, terminal
 
 
 def describe_run(path: Path) -> None:
-    """Print recipe, arguments, plan, metrics and checkpoints of a run."""
+    """Print recipe, arguments, plan, metrics and checkpoints of a run.
+
+    Raises:
+        UserError: there is no run, or its run.json is damaged.
+    """
     folder = RunDir(path)
     identity = require_identity(folder)
-    recorded = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    try:
+        recorded = read_recorded(path)
+    except DamagedRun as error:
+        raise UserError(f"{path} cannot be shown", why=str(error), remedy=f"stoker verify {path}") from None
+    versions, commit = recorded.get("versions"), recorded.get("git_commit")
     out = terminal()
     rows: list[tuple[str, str]] = [
         ("run", str(path)),
@@ -39,12 +45,13 @@ def describe_run(path: Path) -> None:
         ),
         (
             "versions",
-            pairs(recorded["versions"]) + (f"  git {commit[:10]}" if (commit := recorded["git_commit"]) else ""),
+            (pairs(versions) if isinstance(versions, dict) else "unknown")
+            + (f"  git {str(commit)[:10]}" if commit else ""),
         ),
     ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(plain(cell, "") for cell in row))
     out.print(table)
     checkpoints = folder.store.all()
     if not checkpoints:
@@ -55,18 +62,19 @@ def describe_run(path: Path) -> None:
     for heading in ("checkpoint", "written", "MiB", "values"):
         listing.add_column(heading, justify="right" if heading == "MiB" else "left")
     for checkpoint in checkpoints:
-        listing.add_row(*_checkpoint_row(checkpoint, checkpoint == checkpoints[-1], checkpoint == best))
+        cells = _checkpoint_row(checkpoint, checkpoint == checkpoints[-1], checkpoint == best)
+        listing.add_row(*(plain(cell, "") for cell in cells))
     out.print(listing)
     out.print(_ending(folder, path))
 
 
 def _checkpoint_row(path: Path, latest: bool, best: bool) -> tuple[str, str, str, str]:
-    size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+    size = sum(file.lstat().st_size for file in path.iterdir()) / 2**20
     written = datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
     label = path.name + (" (latest)" if latest else "") + (" (best)" if best else "")
     try:
-        values = shown(unflatten(read_record(path)["metrics"], {}), limit=12)
-    except Damaged as error:
+        values = shown(metrics_of(read_record(path)), limit=12)
+    except DamagedRun as error:
         return label, written, f"{size:.1f}", f"damaged: {error}"
     return label, written, f"{size:.1f}", "  ".join(f"{name} {value:.5g}" for name, value in values.items())
 
@@ -75,7 +83,7 @@ def _ending(folder: RunDir, path: Path) -> str:
     for checkpoint in reversed(folder.store.all()):
         try:
             progress = read_record(checkpoint)["state"]["progress"]
-        except Damaged:
+        except DamagedRun:
             continue
         if progress["finished"]:
             return f"finished: {progress['finished']}"
