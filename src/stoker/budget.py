@@ -36,15 +36,16 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
         return _bytes_of(list(optimizer.state.values()))
     held = [p for group in optimizer.param_groups for p in group["params"]]
     own: int = sum(p.nbytes for p in held)
-    tiny = {p: torch.nn.Parameter(torch.zeros([2] * p.dim(), dtype=p.dtype)) for p in held}
-    trial = object.__new__(type(optimizer))
-    trial.__dict__.update(optimizer.__dict__)
-    trial.state = defaultdict(dict)
-    trial.param_groups = [{**g, "params": [tiny[p] for p in g["params"]]} for g in optimizer.param_groups]
+    # Not smaller where they are small anyway: an optimizer that keeps a row and a column has little beside a large one.
+    tiny = {p: torch.nn.Parameter(torch.zeros([min(n, 16) or 1 for n in p.shape], dtype=p.dtype)) for p in held}
     if "history_size" in optimizer.defaults:  # LBFGS keeps that many pairs of vectors, and three besides
         history = int(optimizer.defaults["history_size"])
         return (2 * history + 3) * own
     try:
+        trial = object.__new__(type(optimizer))
+        trial.__dict__.update(optimizer.__dict__)
+        trial.state = defaultdict(dict)
+        trial.param_groups = [{**g, "params": [tiny[p] for p in g["params"]]} for g in optimizer.param_groups]
         with isolated():
             for p in tiny.values():
                 p.grad = torch.zeros_like(p)
@@ -120,7 +121,7 @@ def _reserve(path: Path, size: int, free: int) -> None:
 def spelled(size: float) -> str:
     """Spell a number of bytes."""
     for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
+        if round(size, 0 if unit in ("B", "KB") else 2 - len(str(int(size)))) < 1000:
             return f"{size:.0f} {unit}" if unit in ("B", "KB") else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"

@@ -307,6 +307,8 @@ class RunDir:
         if self._events is None:
             self.open_events(0)
         assert self._events is not None
+        if not os.fstat(self._events.fileno()).st_nlink:
+            raise OSError(errno.ENOENT, f"{self.path}/events.jsonl was deleted while the run was under way")
         before = self._events.seek(0, os.SEEK_END)
         if self._unwritten:
             if self._events.write(self._unwritten) < len(self._unwritten):

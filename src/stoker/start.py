@@ -11,6 +11,7 @@ from torch import nn
 
 from stoker.budget import check_room, checkpoint_bytes
 from stoker.checkpoint.architecture import describe_architecture
+from stoker.checkpoint.saver import ON_FULL_DISK
 from stoker.checkpoint.store import Checkpoint
 from stoker.checks import (
     changes_taken,
@@ -119,6 +120,10 @@ def prepare(
     options = make_plan(recipe.train, **plan)
     path = Path(out) if out is not None else fresh_dir(recipe.origin.name)
     folder = RunDir(path, keep=keep, keep_best=keep_best, on_full_disk=on_full_disk)
+    if grace_s is not None and not grace_s > 0:
+        raise UserError(f"a grace of {grace_s:g} s is none", remedy="--grace SECONDS, more than 0")
+    if on_full_disk not in ON_FULL_DISK:
+        raise UserError(f"on_full_disk={on_full_disk!r}", remedy=f"one of {', '.join(ON_FULL_DISK)}")
     interrupts = Interrupts(grace_s)
     return start(recipe, options, limits, folder, interrupts, seed=seed, quiet=quiet, force=force, on_step=on_step)
 
@@ -247,22 +252,13 @@ class Started:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         progress = self.state.progress
-        if self.session is not None:
-            self.session.interrupts.__exit__(kind, error, trace)
-            if isinstance(error, Exception) and not isinstance(error, NonFinite):
-                self._rescue(self.session, error)
-            self.session.close()
-            if isinstance(error, Exception) and not isinstance(error, UserError | NonFinite):
-                ids = sample_ids(self.session.recipe.train, self.session.seed, progress.epoch, progress.batch)
-                samples = f", samples {', '.join(map(str, ids[:16]))}" if ids else ""
-                error.add_note(f"in step {progress.step + 1} (epoch {progress.epoch}, batch {progress.batch}{samples})")
-        self.console.stop()
-        if error is not None:
-            self._see_through()
-        self.folder.close()
+        try:  # a scheduler's signal is still minded while data workers leave and a save is seen through
+            self._close(error)
+        finally:
+            if self.session is not None:
+                self.interrupts.__exit__(kind, error, trace)
         if error is None:
-            signal = self.interrupts.requested
-            self.console.end(self.folder.path, self.state.progress, self.metrics, signal)
+            self.console.end(self.folder.path, progress, self.metrics, self.interrupts.requested)
         if isinstance(error, _UNFIT) and self.session is not None and self._is_first(error):
             raise UserError(
                 f"the optimizer cannot go on from the checkpoint of step {progress.step}: {error!r}",
@@ -275,6 +271,21 @@ class Started:
             explanation = explain_labels(self.session)
             if explanation is not None:
                 raise explanation from error
+
+    def _close(self, error: BaseException | None) -> None:
+        progress = self.state.progress
+        if self.session is not None:
+            if isinstance(error, Exception) and not isinstance(error, NonFinite):
+                self._rescue(self.session, error)
+            self.session.close()
+            if isinstance(error, Exception) and not isinstance(error, UserError | NonFinite):
+                ids = sample_ids(self.session.recipe.train, self.session.seed, progress.epoch, progress.batch)
+                samples = f", samples {', '.join(map(str, ids[:16]))}" if ids else ""
+                error.add_note(f"in step {progress.step + 1} (epoch {progress.epoch}, batch {progress.batch}{samples})")
+        self.console.stop()
+        if error is not None:
+            self._see_through()
+        self.folder.close()
 
     def _is_first(self, error: BaseException) -> bool:
         """Whether torch's optimizer, or schedule, failed in the first step after a resume."""

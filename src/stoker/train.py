@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from stoker.data.batch import num_rows, split
-from stoker.data.feeds import Feed
+from stoker.data.feeds import Feed, place_of
 from stoker.data.seeding import STEP, fold, seed_all
 from stoker.devices.strategy import Strategy
 from stoker.errors import UserError, nearest
@@ -195,7 +195,7 @@ def train(s: Session) -> Session:
                 if progress.finished or s.interrupts.requested:
                     break
         except Interrupted:
-            s.feed.cut()
+            s.feed.cut(progress.epoch, progress.batch)
         if not s.interrupts.requested:
             refuse_empty(progress, began)
     conclude(s)
@@ -465,7 +465,8 @@ def save(s: Session, *, interim: bool = False) -> None:
                 f"{path} still holds the graph of its batch",
                 remedy='return {"carry": state.detach()} from step',
             )
-    s.state.stream = s.feed.state()
+    at, finished = (progress.epoch, progress.batch), progress.finished is not None
+    s.state.stream = place_of(s.feed, s.interrupts, *at, finished=finished)
     s.record.save(s.state, s.metrics, interim=interim)
     s.saved_step = progress.step
 

@@ -413,7 +413,7 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_at_work(number: signal.Sig
         with pool(lambda task, *_: gently(task, 0.02), range(16)) as results:
             assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
             os.killpg(0, number)
-            assert list(results) == list(range(4, 16)) and got == [number]
+            assert list(results) == list(range(4, 16)) and set(got) == {number}  # workers pass theirs on
 
     run(child, tmp_path / "log")
 

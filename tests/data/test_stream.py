@@ -154,7 +154,7 @@ def test_numbers_of_lanes_that_do_not_fit() -> None:
         assert sorted(found) == list(range(12))
     two, one = Loader(Shards(9, 9), 4, lanes=2).feed(0), Loader(Shards(9, 9), 4).feed(0)
     next(two.epoch(0))
-    one.restore(json.loads(json.dumps(two.state())))
+    one.restore(json.loads(json.dumps(two.state(0, 1))))
     with pytest.raises(UserError, match=r"in 2 lanes, the recipe has lanes=1(.|\n)*lanes=2"):
         next(one.epoch(0, 1))
 
@@ -170,7 +170,7 @@ def test_a_collate_function_that_draws_in_lanes(workers: int) -> None:
     whole = [batch for batch, _ in epochs_of(loader)[0]]
     assert len({batch[0] % 1 for batch in whole}) == len(whole)
     feed = loader.feed(3, workers=workers)
-    states = [feed.state() for _ in feed.epoch(0)]
+    states = [feed.state(0, batch) for batch, _ in enumerate(feed.epoch(0), 1)]
     feed.close()
     for start in range(1, len(whole)):
         again = loader.feed(3, workers=workers)
@@ -354,7 +354,7 @@ def test_other_data_are_refused(kind: Any, workers: int, tmp_path: Path) -> None
 def test_other_numbers_are_refused() -> None:
     one, two = (Loader(Numbers(9), 4).feed(0) for _ in range(2))
     next(one.epoch(0))
-    two.restore(one.state())
+    two.restore(one.state(0, 1))
     with pytest.raises(UserError, match="Numbers gave other samples"):
         next(two.epoch(0, 1))
 

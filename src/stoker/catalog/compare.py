@@ -146,7 +146,13 @@ class Comparison:
 
 
 _PARTS = ("recipe", "arguments", "seed", "limits", "options", "plan", "versions", "git_commit")
-_ELSEWHERE = {*_PARTS, "architecture", "modules", "source_sha256"}  # of run.json; the last three in other ways
+_ELSEWHERE = {
+    *_PARTS,
+    "architecture",
+    "modules",
+    "modules_sha256",
+    "source_sha256",
+}  # of run.json; the last four in other ways
 
 
 def compare(a: Path, b: Path) -> Comparison:

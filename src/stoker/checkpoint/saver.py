@@ -93,6 +93,8 @@ class Saver:
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stoker-save")
         self._write: Future[None] | None = None
+        self._ready: Future[None] = Future()  # the memory that was reserved
+        self._ready.set_result(None)
         self._job: _Job | None = None
         self._paused_at = -1  # step at which it was said that the run waits
         self._missing: tuple[Snapshot, OSError] | None = None  # the newest, if it could not be written
@@ -110,12 +112,14 @@ class Saver:
         self.settle()
         began = time.perf_counter()
         refuse_dtypes(saved.files)
+        self._ready.exception()  # two allocations at once would take twice the memory
+        self._job = None  # it holds the copies before, whose memory may have to be allocated anew
         self._job = _Job(self.store, self._staging.stage(saved), events, began)
         self._write = self._thread.submit(self._job)
 
     def reserve(self, size_bytes: int, *, pinned: bool) -> None:
         """Have memory for copies of about that size ready, without waiting for it."""
-        self._thread.submit(self._staging.reserve, size_bytes + size_bytes // 64, pinned=pinned)
+        self._ready = self._thread.submit(self._staging.reserve, size_bytes + size_bytes // 64, pinned=pinned)
 
     @property
     def busy(self) -> bool:
@@ -157,7 +161,7 @@ class Saver:
         latest = self.store.latest()
         kept = latest.name if latest is not None else "the start"
         full = error.errno in FULL
-        self._missing = saved, error
+        self._missing = replace(saved, files={}), error  # without the copies, which the next save overwrites
         if full and self.on_full_disk == "continue" and not last:
             self.warn(f"could not save step {saved.step}: {error}. Training goes on; a kill now goes back to {kept}")
             return False
@@ -167,6 +171,7 @@ class Saver:
                 self.warn(f"paused at step {saved.step}: {error}. It goes on when there is room in {self.store.folder}")
             time.sleep(_LOOK_S)
             return True
+        self._missing = None  # told now
         raise UserError(
             f"cannot write checkpoint {self.store.folder / saved.name}: {error}",
             why="the disk is full, or its quota is used up" if full else "",

@@ -122,8 +122,7 @@ class Store:
             OSError: it cannot be written (disk full, no permission); those already there are untouched.
         """
         final, partial = self.folder / saved.name, self.folder / f".partial-{saved.step:08d}"
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        own_folder(self.folder)
+        own_folder(self.folder)  # not the run's: where that is gone, a checkpoint alone is no run
         try:
             remove(partial)
             partial.mkdir()
@@ -185,7 +184,9 @@ class Store:
         step, paths = saved.step, self.all()
         upto = [path for path in paths if step_of(path) == step or (step_of(path) < step and not _is_interim(path))]
         best = saved.best[: max(self.keep_best, 1)]
-        kept = set(upto[-max(self.keep, 1) :]) | {path for path in upto if step_of(path) in best}
+        kept: set[Path | None] = {*upto[-max(self.keep, 1) :], *(path for path in upto if step_of(path) in best)}
+        if not any(step_of(path) in best for path in upto):
+            kept.add(self.best())  # a full disk had no room for a better one
         for path in paths:  # later steps are the past of a run that went back to this one
             if path not in kept:
                 self._drop(path)
@@ -203,10 +204,10 @@ class Store:
     def make_room(self, saved: Snapshot) -> bool:
         """Drop a checkpoint that would go anyway once `saved` is written; whether there was one.
 
-        The newest one stays, and so does the best.
+        The newest one stays, the newest that verifies, and the best.
         """
         older = [path for path in self.all() if step_of(path) < saved.step]
-        kept = {*older[-max(self.keep - 1, 1) :], self.best()}
+        kept = {*older[-max(self.keep - 1, 1) :], self.best(), next(filter(_is_good, reversed(older)), None)}
         for path in older:
             if path not in kept and step_of(path) not in saved.best[: max(self.keep_best, 1)]:
                 self._drop(path)
@@ -264,6 +265,14 @@ def step_of(path: Path) -> int:
     if match is None:
         raise ValueError(f"{path.name} is not the name of a checkpoint")
     return int(match.group(1))
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify(path)
+    except Damaged:
+        return False
+    return True
 
 
 def _is_interim(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """How a run draws its batches: each feed yields an epoch's batches from any position, in the order's arithmetic."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -9,9 +10,11 @@ from stoker.data.collating import Allocate
 from stoker.data.order import Batches, Indices
 from stoker.data.pool import Pool
 from stoker.data.reader import Portion, Reader, Skipped
+from stoker.interrupts import Interrupted, Interrupts
 
 # Batches whose indices are computed at once: amortises the vectorised arithmetic to ~1 us a batch.
 _BLOCK_BATCHES = 256
+_STALL_S = 3.0  # of a stream, at the end of a run
 
 
 class Feed(Protocol):
@@ -23,7 +26,7 @@ class Feed(Protocol):
         """Yield (batch, whether it is the epoch's last) from batch `start` on, reading nothing before it."""
         ...
 
-    def state(self) -> Any:
+    def state(self, epoch: int, batch: int) -> Any:
         """What finding the next batch again takes besides its position; None where that is all."""
         ...
 
@@ -31,13 +34,30 @@ class Feed(Protocol):
         """Take over such a state; `force`: even where the data turn out to differ."""
         ...
 
-    def cut(self) -> None:
-        """Leave the epoch where it was before the batch that is being fetched: a signal ended the wait for it."""
+    def cut(self, epoch: int, batch: int) -> None:
+        """Stand before that batch, whether or not it has arrived: a signal ended the wait for it."""
         ...
 
     def close(self) -> None:
         """Release workers."""
         ...
+
+
+def place_of(feed: Feed, interrupts: Interrupts, epoch: int, batch: int, *, finished: bool) -> Any:
+    """State of a feed for a checkpoint. Between two epochs a stream reads the next one's beginning: a signal ends that,
+    and where the run is about to end, a stall of some seconds.
+
+    That of a stream so cut off is None: the epoch begins anew.
+    """
+    try:
+        with interrupts.limit(_STALL_S) if interrupts.requested or finished else nullcontext():
+            interrupts.waiting = True
+            return feed.state(epoch, batch)
+    except Interrupted:
+        feed.cut(epoch, batch)
+    finally:
+        interrupts.waiting = False
+    return feed.state(epoch, batch)
 
 
 class Positional:
@@ -46,13 +66,13 @@ class Positional:
     def __init__(self) -> None:
         self.skipped: list[Skipped] = []
 
-    def state(self) -> Any:
+    def state(self, epoch: int, batch: int) -> Any:
         return None
 
     def restore(self, state: Any, *, force: bool = False) -> None:
         pass
 
-    def cut(self) -> None:
+    def cut(self, epoch: int, batch: int) -> None:
         pass
 
     def close(self) -> None:

@@ -37,6 +37,7 @@ _LONG = 1 << 15  # bytes of a task that might not fit into a socket beside anoth
 _AHEAD = 2  # tasks a worker has at hand: one it works on, one that waits
 _FREEZING = threading.Lock()
 _LOOK_S = 0.5  # between looks at workers that do not answer
+_PASSED_ON = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 _LEAVE_S = 0.5  # that a worker is given to finish what it reads, when it is dismissed
 
 
@@ -116,7 +117,7 @@ class Pool:
         inherited = _Inherited(fd, slots, others if available() else [], stacks if available() else None)
         arguments = (self.work, theirs, board, inherited)
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        with _unscanned():
+        with _unscanned(), _signals_held():
             process.start()
         theirs.close()
         return _Worker(process, ours, MemoryReader(fd), board, stacks, slots)
@@ -210,7 +211,8 @@ class Pool:
 
     def close(self) -> None:
         """Dismiss the workers; what they hold is of no use any more."""
-        self._finalizer()
+        _dismiss(self._team)
+        self._finalizer.cancel()  # after it: whoever interrupts this leaves the rest to the process's end
 
 
 @contextlib.contextmanager
@@ -226,6 +228,19 @@ def _unscanned() -> Iterator[None]:
                 gc.unfreeze()
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start a process in here: a signal comes to it when it has its own handlers, not in between."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _dismiss(team: list[_Worker]) -> None:
     for worker in team:
         with contextlib.suppress(OSError):  # it has ended, or has no room for another word
@@ -233,7 +248,7 @@ def _dismiss(team: list[_Worker]) -> None:
             worker.connection.send(None)  # to close is not enough: workers of younger pools hold the other end too
         worker.connection.close()
     deadline = time.monotonic() + _LEAVE_S
-    for worker in team:
+    for worker in list(team):
         worker.process.join(max(deadline - time.monotonic(), 0))
         if worker.process.is_alive():
             worker.process.kill()
@@ -243,7 +258,7 @@ def _dismiss(team: list[_Worker]) -> None:
         worker.memory.close()
         for slot in worker.slots:
             os.close(slot)
-    team.clear()
+        team.remove(worker)
 
 
 def _serve(work: Work, connection: Connection, board: Any, inherited: _Inherited) -> None:
@@ -291,6 +306,7 @@ def _pass_signals_on() -> None:
     The second SIGTERM ends a worker: the first may be the scheduler's, a later one is meant.
     """
     parent = os.getppid()
+    signal.set_wakeup_fd(-1)  # the parent's
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM:
@@ -302,6 +318,8 @@ def _pass_signals_on() -> None:
     signal.signal(signal.SIGTERM, pass_on)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, pass_on)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)  # held since before the fork
 
 
 def _catches(pid: int, number: int) -> bool:

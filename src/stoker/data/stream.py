@@ -335,17 +335,18 @@ class StreamFeed:
         self._ahead: list[Taken] = []  # batches that were read and not handed out
         self._pools: list[Pool] = []
 
-    def state(self) -> Any:
-        """Where the lanes stand before the next batch, with what it will begin with; None before the first."""
-        if self._places is None and self._at is not None and not self._ahead and not self._was_cut:
-            self._ahead.append(self._take(*self._at))  # between two epochs
+    def state(self, epoch: int, batch: int) -> Any:
+        """Where the lanes stand before that batch, the next one, with what it will begin with; None after a cut."""
+        if self._places is None and not batch and not self._ahead and not self._was_cut:  # between two epochs
+            self._at = epoch, batch
+            self._ahead.append(self._take(epoch, batch))
         places = self._ahead[0].before if self._ahead else self._places[0] if self._places else None
         return [place.tree() for place in places] if places else None
 
     def restore(self, state: Any, *, force: bool = False) -> None:
         """Let the epoch that is asked for first go on where `state` was; `force`: whatever it finds."""
         if state is not None:
-            self._places = [Place(**place) for place in state], force
+            self._places = self._used = [Place(**place) for place in state], force
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
         """Yield batches from batch `start` on; without a restored state, what is before it is read and dropped."""
@@ -441,10 +442,12 @@ class StreamFeed:
         for pool in pools:
             pool.close()
 
-    def cut(self) -> None:
-        """Stand before the batch that is being fetched, which may have arrived, and read nothing more."""
+    def cut(self, epoch: int, batch: int) -> None:
+        """Stand before a batch, which may have arrived or is still to be asked for, and read nothing more."""
         self._shut()
-        self._places, self._was_cut = self._used, True
+        if self._at != (epoch, batch):  # it has arrived
+            self._places = self._used
+        self._was_cut = True
 
     def close(self) -> None:
         """Release the workers."""

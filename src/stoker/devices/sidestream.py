@@ -14,7 +14,8 @@ class _Sent(NamedTuple):
     batch: Any
     last: bool
     arrived: torch.cuda.Event
-    state: Any  # of the feed, after this batch
+    following: tuple[int, int]  # epoch and batch,
+    state: Any  # and the feed's before that one
     skipped: list[Skipped]
 
 
@@ -24,29 +25,28 @@ class SideStream:
     def __init__(self, feed: Feed, device: torch.device) -> None:
         self._feed, self._device, self._stream = feed, device, torch.cuda.Stream(device)
         self._state: Any = None
-        self._used: Any = None  # the state before the batch that is being fetched
+        self._used: Any = None  # the state before the batch that was handed out last,
+        self._at: tuple[int, int] | None = None  # and the epoch and batch that come after it
         self.skipped: list[Skipped] = []
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Any, bool]]:
         held: _Sent | None = None
-        self._used = self._state
-        for batch, last in self._feed.epoch(epoch, start):
-            sent = self._send(batch, last)
+        for number, (batch, last) in enumerate(self._feed.epoch(epoch, start), start + 1):
+            sent = self._send(batch, last, (epoch + 1, 0) if last else (epoch, number))
             if held is not None:
                 yield self._hand_out(held)
-                self._used = self._state
             held = sent
         if held is not None:
             yield self._hand_out(held)
 
-    def _send(self, batch: Any, last: bool) -> _Sent:
+    def _send(self, batch: Any, last: bool, following: tuple[int, int]) -> _Sent:
         with torch.cuda.stream(self._stream):
             moved = map_tree(self._copy, batch)
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         skipped = list(self._feed.skipped)
         self._feed.skipped.clear()
-        return _Sent(moved, last, arrived, self._feed.state(), skipped)
+        return _Sent(moved, last, arrived, following, self._feed.state(*following), skipped)
 
     def _copy(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.device == self._device:
@@ -66,18 +66,23 @@ class SideStream:
 
         map_tree(use, sent.batch)
         self.skipped += sent.skipped
+        self._used, self._at = self._state, sent.following  # in this order: a signal may come in between
         self._state = sent.state
         return sent.batch, sent.last
 
-    def state(self) -> Any:
+    def state(self, epoch: int, batch: int) -> Any:
+        if self._state is None and not batch:
+            self._state = self._feed.state(epoch, batch)
         return self._state
 
     def restore(self, state: Any, *, force: bool = False) -> None:
         self._feed.restore(state, force=force)
+        self._state = self._used = state
 
-    def cut(self) -> None:
-        self._feed.cut()
-        self._state = self._used
+    def cut(self, epoch: int, batch: int) -> None:
+        self._feed.cut(epoch, batch)
+        if self._at != (epoch, batch):
+            self._state = self._used
 
     def close(self) -> None:
         self._feed.close()
