@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ import torch
 from stoker import __version__
 from stoker.catalog.runfiles import DamagedRun, read_recorded
 from stoker.checkpoint.saver import FULL, Saver, tensors_of
-from stoker.checkpoint.store import Snapshot, Store, snapshot
+from stoker.checkpoint.store import STATE, Snapshot, Store, snapshot
 from stoker.errors import UserError
 from stoker.files import own_folder, read_text, write_atomically
+from stoker.naming import names
 from stoker.plan import Plan
 from stoker.recipe import Origin
 from stoker.state import Progress, TrainState
@@ -337,6 +338,10 @@ class RunDir:
         """Whether a save has failed since it was begun."""
         return self.saver.failed
 
+    def copied(self) -> str | None:
+        """Wait until an optimizer may take its step; see `Saver.copied`."""
+        return self.saver.copied()
+
     def settle(self, *, last: bool = False) -> None:
         """Wait for the save that is being written; see `Saver.settle`."""
         self.saver.settle(last=last)
@@ -393,8 +398,11 @@ def _open_for_writing(path: Path) -> FileIO:
 
 def _snapshot_of(state: TrainState, metrics: Mapping[str, Any], interim: bool) -> Snapshot:
     progress = state.progress
+    # Of torch's own optimizers; a user's may do anything at any time.
+    live = [o for o in state.objectives if not o.needs_closure]
+    torchs = [o.name for o in live if type(o.optimizer).__module__.startswith("torch.optim.")]
     loss = next((metrics[n] for n in ("val/loss", "train/loss") if isinstance(metrics.get(n), float)), None)
-    return snapshot(
+    saved = snapshot(
         step=progress.step,
         epoch=progress.epoch,
         loss=loss,
@@ -405,6 +413,9 @@ def _snapshot_of(state: TrainState, metrics: Mapping[str, Any], interim: bool) -
         best=[step for _, step in progress.best],
         interim=interim,
     )
+    kept = tuple(f"objectives/{name}/optimizer/state/" for name in torchs)
+    steady = frozenset(name for name in saved.files[STATE] if name.startswith(kept))
+    return replace(saved, steady=steady, finite=frozenset(names.named_parameters(state.model)))
 
 
 def _number(value: Any) -> Any:

@@ -36,7 +36,7 @@ from stoker.recipe import Recipe
 from stoker.rehearse import settle_workers
 from stoker.run import Identity, RunDir, fresh_dir, identity_of
 from stoker.state import Progress, TrainState
-from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, save, train
+from stoker.train import Limits, NonFinite, Nowhere, Observer, Session, conclude, train
 from stoker.watch.console import Console, console_for
 
 _UNFIT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -298,8 +298,7 @@ class Started:
         if not s.between_steps or step in (0, s.saved_step):
             return
         try:
-            save(s, interim=True)
-            self.folder.settle(last=True)
+            conclude(s)
             self.console.note(f"saved at step {step}, before the error")
         except (UserError, NonFinite) as second:
             error.add_note(f"nor could step {step} be saved: {second}")

@@ -173,6 +173,7 @@ class TrainState:
 
     def tree(self) -> dict[str, Any]:
         """Everything but the model's and the average's tensors, which have files of their own."""
+        content = names.state_dict(self.model)
         return {
             "progress": asdict(self.progress),
             "objectives": {
@@ -187,8 +188,8 @@ class TrainState:
             "fitted": self.fitted,
             "stream": self.stream,
             "carry": {o.name: o.carry for o in self.objectives},
-            "transient": transient(self.model),
-            "model_extra": {k: v for k, v in names.state_dict(self.model).items() if not isinstance(v, torch.Tensor)},
+            "transient": {k: buffer for k, buffer in names.named_buffers(self.model).items() if k not in content},
+            "model_extra": {k: v for k, v in content.items() if not isinstance(v, torch.Tensor)},
         }
 
     def _optimizer_tree(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from stoker.errors import UserError, nearest
 from stoker.evaluate import evaluate
 from stoker.interrupts import Interrupted, Interrupts
 from stoker.losses import Mean, Shares, add_result, terms
-from stoker.naming import names
 from stoker.recipe import Recipe, unpack
 from stoker.state import Live, Progress, TrainState
 
@@ -35,24 +34,22 @@ class Record(Protocol):
 
     def log(self, progress: Progress, values: Mapping[str, Any]) -> None:
         """Append values to the events."""
-        ...
 
     def save(self, state: TrainState, metrics: Mapping[str, Any], *, interim: bool) -> None:
         """Begin to write a checkpoint of the state as it is now."""
-        ...
+
+    def copied(self) -> str | None:
+        """Wait until the optimizers' state may change; name a weight of the last save that is not finite."""
 
     @property
     def failed(self) -> bool:
         """Whether a save has failed since it was begun."""
-        ...
 
     def settle(self, *, last: bool = False) -> None:
         """Wait for the save that is being written, and say or raise what went wrong with it."""
-        ...
 
     def save_is_cheap(self) -> bool:
         """Whether a checkpoint now would cost little beside the time trained since the last one."""
-        ...
 
 
 class Nowhere:
@@ -65,6 +62,9 @@ class Nowhere:
         pass
 
     failed = False
+
+    def copied(self) -> str | None:
+        return None
 
     def settle(self, *, last: bool = False) -> None:
         pass
@@ -206,6 +206,7 @@ def conclude(s: Session) -> None:
     """See that the state as it is now is written."""
     if s.saved_step != s.state.progress.step:
         save(s, interim=True)
+    see_copied(s)
     s.record.settle(last=True)
 
 
@@ -266,6 +267,7 @@ def forward_backward(s: Session, live: Live, batch: Any) -> Any:
         state.scaler.unscale_(live.optimizer)
     loss = shares.finish(live.parameters)
     clip(s, live)
+    see_copied(s)
     return loss
 
 
@@ -451,14 +453,13 @@ def scalar(values: Mapping[str, Any], name: str) -> float:
 
 
 def save(s: Session, *, interim: bool = False) -> None:
-    """Begin to write a checkpoint; weights that are not finite never replace good ones.
+    """Begin to write a checkpoint; weights that are not finite, as `see_copied` finds, never replace good ones.
 
     An interim one, at a stop between two that are due, goes when the next is written: an interrupted run leaves what
     an uninterrupted one leaves.
     """
     s.settle()
     progress = s.state.progress
-    check_finite(s)
     for path, leaf in leaves({live.name: live.carry for live in s.state.objectives}, "carry"):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             raise UserError(
@@ -471,19 +472,15 @@ def save(s: Session, *, interim: bool = False) -> None:
     s.saved_step = progress.step
 
 
-def check_finite(s: Session) -> None:
-    """Look at every weight once: one read of the model, where a save is about to read it anyway."""
-    named = [
-        (n, p.detach()) for n, p in names.named_parameters(s.state.model).items() if p.is_floating_point() and p.numel()
-    ]
-    sums: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for _, parameter in named:  # a sum is not finite if one term is not, and much faster than a search
-        sums[parameter.device].append(parameter.sum().float())
-    if all(torch.stack(found).isfinite().all() for found in sums.values()):
-        return
-    for name, parameter in named:
-        if not parameter.isfinite().all():  # or else the sum was too large, and nothing is wrong
-            raise NonFinite(f"parameter {name}", *s.last)
+def see_copied(s: Session) -> None:
+    """Have all of the last save copied, and its weights looked at, before anything of it changes.
+
+    Raises:
+        NonFinite: a weight was not finite after the last step.
+    """
+    name = s.record.copied()
+    if name is not None:
+        raise NonFinite(f"parameter {name}", *s.last)
 
 
 def leaves(tree: Any, path: str) -> list[tuple[str, Any]]:

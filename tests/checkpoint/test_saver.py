@@ -1,6 +1,7 @@
 """Saving beside the training: what it costs in memory, layouts that change, what retention keeps where saves fail."""
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import stoker
 from stoker.checkpoint.saver import Saver, Staging
-from stoker.checkpoint.store import Snapshot, Store, read, snapshot
+from stoker.checkpoint.store import MODEL, STATE, Snapshot, Store, read, snapshot
 from stoker.errors import UserError
 
 
@@ -205,7 +207,64 @@ def test_the_last_save_has_to_be_there(tmp_path: Path, events: int, monkeypatch:
 
 def test_staging_holds_one_copy() -> None:
     staging = Staging()
-    first = staging.copy({"f": {"a": torch.arange(10)}})
-    address = first["f"]["a"].data_ptr()
-    assert staging.copy({"f": {"a": torch.arange(10)}})["f"]["a"].data_ptr() == address
-    assert staging.copy({"f": {"a": torch.arange(5)}})["f"]["a"].data_ptr() == address
+    addresses = {staging.stage(of_state(torch.arange(n))).files[STATE]["a"].data_ptr() for n in (10, 10, 5)}
+    assert len(addresses) == 1
+
+
+def of_state(tensor: torch.Tensor, weight: float = 1.0, **more: Any) -> Snapshot:
+    """A snapshot of one weight and one tensor of state."""
+    return Snapshot(1, 0, None, {}, {}, {MODEL: {"w": torch.tensor([weight, 1.0])}, STATE: {"a": tensor}}, **more)
+
+
+def test_what_an_optimizer_keeps_is_copied_later() -> None:
+    tensor = torch.arange(1000)
+    staged = Staging().begin(of_state(tensor, steady=frozenset({"a"})))
+    assert not torch.equal(staged.snapshot.files[STATE]["a"], tensor)
+    assert staged.finish() is None
+    assert torch.equal(staged.snapshot.files[STATE]["a"], torch.arange(1000))
+    staged = Staging().begin(of_state(tensor.view(10, 100).t(), steady=frozenset({"a"})))  # copied at once
+    tensor += 1
+    assert torch.equal(staged.snapshot.files[STATE]["a"], torch.arange(1000).view(10, 100).t())
+
+
+def test_what_changes_before_it_is_copied_is_refused() -> None:
+    tensor = torch.arange(1000)
+    staged = Staging().begin(of_state(tensor, steady=frozenset({"a"})))
+    tensor += 1
+    with pytest.raises(UserError, match="changed outside of its step"):
+        staged.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("weight", "found"), [(math.nan, "w"), (math.inf, "w"), (-math.inf, "w"), (3.0, None)])
+def test_weights_that_are_not_finite_are_named(dtype: torch.dtype, weight: float, found: str | None) -> None:
+    saved = of_state(torch.arange(3), weight, finite=frozenset({"w"}))
+    saved.files[MODEL]["w"] = saved.files[MODEL]["w"].to(dtype)  # type: ignore[index]
+    assert Staging().begin(saved).finish() == found
+
+
+def test_a_sum_that_overflows_is_no_fault() -> None:
+    saved = of_state(torch.arange(3), torch.finfo(torch.float32).max, finite=frozenset({"w"}))
+    saved.files[MODEL]["w"].fill_(torch.finfo(torch.float32).max)
+    assert Staging().begin(saved).finish() is None
+
+
+class Own(torch.optim.AdamW):
+    """An optimizer of the user's, which may change its state whenever it likes."""
+
+
+@pytest.mark.parametrize(("optimizer", "later"), [(torch.optim.AdamW, True), (Own, False), (torch.optim.LBFGS, False)])
+def test_whose_state_is_copied_later(optimizer: Any, later: bool, tmp_path: Path) -> None:
+    seen: list[Snapshot] = []
+    x = torch.randn(8, 3)
+    made = stoker.Recipe(
+        model=lambda: torch.nn.Linear(3, 1),
+        loss=torch.nn.MSELoss(),
+        optimizer=lambda params: optimizer(params, lr=0.01),
+        train=stoker.Loader((x, x[:, :1]), 4),
+    )
+    begin = Staging.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "begin", lambda self, saved: (seen.append(saved), begin(self, saved))[1])
+        stoker.fit(made, steps=2, out=tmp_path / "out", quiet=True)
+    assert [bool(saved.steady) for saved in seen] == [later]

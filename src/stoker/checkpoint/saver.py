@@ -4,15 +4,18 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 
-from stoker.checkpoint.store import Files, Snapshot, Store
+from stoker.checkpoint.store import MODEL, Files, Snapshot, Store
 from stoker.errors import UserError
 from stoker.naming import names
 
@@ -37,20 +40,30 @@ class Staging:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # first, so that both are never there at once
             self._buffer = _allocate(size_bytes, pinned=pinned)
 
-    def copy(self, files: Files) -> dict[str, dict[str, torch.Tensor]]:
-        """Copy tensors; the copies are views of one buffer, and valid until the next call."""
-        tensors = [tensor.detach() for content in files.values() for tensor in content.values()]
+    def begin(self, saved: Snapshot) -> "Staged":
+        """Copy a snapshot's tensors, but for those that stay as they are until `Staged.finish` has copied them, too.
+
+        The copies are views of one buffer, and valid until the next call.
+        """
+        named = [(name, tensor.detach()) for content in saved.files.values() for name, tensor in content.items()]
+        tensors = [tensor for _, tensor in named]
         devices = {tensor.device.type for tensor in tensors} - {"cpu"}
         self._lay_out(tensors, pinned=bool(devices))
-        torch._foreach_copy_(self._places, tensors, non_blocking=True)
+        pairs = list(zip(self._places, tensors, strict=True))
+        later = [name in saved.steady and not devices and tensor.is_contiguous() for name, tensor in named]
+        now = [pair for pair, wait in zip(pairs, later, strict=True) if not wait]
+        torch._foreach_copy_([place for place, _ in now], [tensor for _, tensor in now], non_blocking=True)
         if devices:
             torch.accelerator.synchronize()
         found = iter(self._places)
-        return {name: {key: next(found) for key in content} for name, content in files.items()}
+        files = {name: {key: next(found) for key in content} for name, content in saved.files.items()}
+        return Staged(replace(saved, files=files), [pair for pair, wait in zip(pairs, later, strict=True) if wait])
 
     def stage(self, saved: Snapshot) -> Snapshot:
-        """Return the snapshot with copies of its tensors."""
-        return replace(saved, files=self.copy(saved.files))
+        """Return the snapshot with copies of its tensors, all of them."""
+        staged = self.begin(saved)
+        staged.finish()
+        return staged.snapshot
 
     def _lay_out(self, tensors: list[torch.Tensor], *, pinned: bool) -> None:
         layout = [(tensor.shape, tensor.dtype) for tensor in tensors]
@@ -62,6 +75,41 @@ class Staging:
         cut = [self._buffer[begin : begin + t.nbytes] for begin, t in zip(begins, tensors, strict=False)]
         self._places = [place.view(t.dtype).view(t.shape) for place, t in zip(cut, tensors, strict=True)]
         self._layout = layout
+
+
+class Staged:
+    """A snapshot with copies of its tensors; those that are left to `finish` must not change before it has returned."""
+
+    def __init__(self, snapshot: Snapshot, left: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.snapshot = snapshot
+        self._left = [(place, tensor, tensor._version) for place, tensor in left]
+
+    def finish(self) -> str | None:
+        """Copy what is left, on any thread; name a weight that should be finite and is not.
+
+        Raises:
+            UserError: something that was left has changed meanwhile.
+        """
+        for place, tensor, _ in self._left:  # not by torch, whose threads are busy with the training
+            ctypes.memmove(place.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+        if any(tensor._version != version for _, tensor, version in self._left):
+            raise UserError(
+                "the optimizer's state was changed outside of its step",
+                why="a checkpoint would have kept some of it as it was before, some as it was after",
+                remedy="change it in an on_step function, which is called between two steps",
+            )
+        self._left = []
+        weights = self.snapshot.files[MODEL]
+        return next((name for name in weights if name in self.snapshot.finite and not _is_finite(weights[name])), None)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype in (torch.float32, torch.float64):
+        # A sum is not finite if a term is not, and much faster than a search; numpy's leaves torch's threads alone.
+        with np.errstate(all="ignore"):
+            if np.isfinite(tensor.numpy().sum()):
+                return True
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _allocate(size: int, *, pinned: bool) -> torch.Tensor:
@@ -91,8 +139,9 @@ class Saver:
         self.interrupted: Callable[[], bool] = lambda: False  # whether a signal asks the run to end
         self.took_s = 0.0  # of the last save, on both threads
         self._staging = Staging()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stoker-save")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stoker-save", initializer=_stand_back)
         self._write: Future[None] | None = None
+        self._copy: Future[str | None] | None = None
         self._ready: Future[None] = Future()  # the memory that was reserved
         self._ready.set_result(None)
         self._job: _Job | None = None
@@ -114,8 +163,22 @@ class Saver:
         refuse_dtypes(saved.files)
         self._ready.exception()  # two allocations at once would take twice the memory
         self._job = None  # it holds the copies before, whose memory may have to be allocated anew
-        self._job = _Job(self.store, self._staging.stage(saved), events, began)
+        staged = self._staging.begin(saved)
+        self._copy = self._thread.submit(staged.finish)
+        self._job = _Job(self.store, staged.snapshot, events, began, self._copy)
         self._write = self._thread.submit(self._job)
+
+    def copied(self) -> str | None:
+        """Wait until the state may change: what an optimizer keeps is copied beside a step's forward and backward pass.
+
+        Returns:
+            the name of a weight that is not finite: the checkpoint is not written then.
+
+        Raises:
+            UserError: the state has changed before.
+        """
+        copy, self._copy = self._copy, None
+        return copy.result() if copy is not None else None
 
     def reserve(self, size_bytes: int, *, pinned: bool) -> None:
         """Have memory for copies of about that size ready, without waiting for it."""
@@ -183,6 +246,12 @@ class Saver:
         self._thread.shutdown()
 
 
+def _stand_back() -> None:
+    """Let this thread run where the training leaves a core idle: it computes on all of them in turns."""
+    with suppress(AttributeError, OSError):  # a thread's own priority is Linux's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 @dataclass
 class _Job:
     """One checkpoint to write."""
@@ -191,10 +260,13 @@ class _Job:
     saved: Snapshot
     events: int
     began: float
+    copy: Future[str | None]
     took_s: float = 0.0
 
     def __call__(self) -> None:
         try:
+            if self.copy.result() is not None:
+                return  # weights that are not finite never replace good ones
             os.fsync(self.events)
             while True:
                 try:

@@ -22,6 +22,7 @@ from stoker.checkpoint.tree import Json, flatten, unflatten
 from stoker.files import open_regular, own_folder, read_text, remove, sync
 
 FORMAT = 1
+MODEL, STATE = "model.safetensors", "state.safetensors"
 _REPLACED = ".replaced-"
 _NAME = re.compile(r"step-(\d{8,18})-epoch-(\d+)(?:-loss-[^/]+)?")
 
@@ -48,6 +49,8 @@ class Snapshot:
     Attributes:
         best: steps of the best checkpoints, best first.
         interim: written at a stop between two that are due; goes with the next save.
+        steady: names of tensors that do not change before the next step of an optimizer.
+        finite: names of weights that are not written unless they are finite.
     """
 
     step: int
@@ -58,6 +61,8 @@ class Snapshot:
     files: Files
     best: tuple[int, ...] = ()
     interim: bool = False
+    steady: frozenset[str] = frozenset()
+    finite: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -84,7 +89,7 @@ def snapshot(
         UserError: something in it is neither data nor a dense tensor.
     """
     encoded, tensors = flatten(state)
-    files = {"model.safetensors": model, "state.safetensors": tensors}
+    files = {MODEL: model, STATE: tensors}
     if ema is not None:
         files["ema.safetensors"] = ema
     finite = loss if loss is not None and math.isfinite(loss) else None
@@ -325,9 +330,9 @@ def read(path: Path) -> Checkpoint:
             step=record["step"],
             epoch=record["epoch"],
             metrics=dict(unflatten(record["metrics"], {})),
-            model=tensors["model.safetensors"],
+            model=tensors[MODEL],
             ema=tensors.get("ema.safetensors"),
-            state=dict(unflatten(record["state"], tensors["state.safetensors"])),
+            state=dict(unflatten(record["state"], tensors[STATE])),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path.name}/checkpoint.json does not describe a checkpoint: {error!r}") from error
