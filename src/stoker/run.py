@@ -28,7 +28,6 @@ from stoker.checkpoint.saver import FULL, Saver, tensors_of
 from stoker.checkpoint.store import STATE, Snapshot, Store, snapshot
 from stoker.errors import UserError
 from stoker.files import own_folder, read_text, write_atomically
-from stoker.naming import names
 from stoker.plan import Plan
 from stoker.recipe import Origin
 from stoker.state import Progress, TrainState
@@ -415,7 +414,7 @@ def _snapshot_of(state: TrainState, metrics: Mapping[str, Any], interim: bool) -
     )
     kept = tuple(f"objectives/{name}/optimizer/state/" for name in torchs)
     steady = frozenset(name for name in saved.files[STATE] if name.startswith(kept))
-    return replace(saved, steady=steady, finite=frozenset(names.named_parameters(state.model)))
+    return replace(saved, steady=steady, finite=frozenset(state.names.values()))
 
 
 def _number(value: Any) -> Any:

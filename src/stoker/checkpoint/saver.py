@@ -30,7 +30,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._layout: list[tuple[torch.Size, torch.dtype]] = []
+        self._layout: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._places: list[torch.Tensor] = []
 
     def reserve(self, size_bytes: int, *, pinned: bool = False) -> None:
@@ -45,14 +45,14 @@ class Staging:
 
         The copies are views of one buffer, and valid until the next call.
         """
-        named = [(name, tensor.detach()) for content in saved.files.values() for name, tensor in content.items()]
+        named = [(name, tensor) for content in saved.files.values() for name, tensor in content.items()]
         tensors = [tensor for _, tensor in named]
-        devices = {tensor.device.type for tensor in tensors} - {"cpu"}
-        self._lay_out(tensors, pinned=bool(devices))
+        devices = self._lay_out(tensors)
         pairs = list(zip(self._places, tensors, strict=True))
         later = [name in saved.steady and not devices and tensor.is_contiguous() for name, tensor in named]
         now = [pair for pair, wait in zip(pairs, later, strict=True) if not wait]
-        torch._foreach_copy_([place for place, _ in now], [tensor for _, tensor in now], non_blocking=True)
+        with torch.no_grad():
+            torch._foreach_copy_([place for place, _ in now], [tensor for _, tensor in now], non_blocking=True)
         if devices:
             torch.accelerator.synchronize()
         found = iter(self._places)
@@ -65,16 +65,19 @@ class Staging:
         staged.finish()
         return staged.snapshot
 
-    def _lay_out(self, tensors: list[torch.Tensor], *, pinned: bool) -> None:
-        layout = [(tensor.shape, tensor.dtype) for tensor in tensors]
+    def _lay_out(self, tensors: list[torch.Tensor]) -> bool:
+        """Find places for tensors; return whether some of them are on a device."""
+        layout = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        pinned = any(device.type != "cpu" for _, _, device in layout)
         if layout == self._layout:
-            return
+            return pinned
         sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
         self.reserve(sum(sizes), pinned=pinned)
         begins = [0, *accumulate(sizes)]
         cut = [self._buffer[begin : begin + t.nbytes] for begin, t in zip(begins, tensors, strict=False)]
         self._places = [place.view(t.dtype).view(t.shape) for place, t in zip(cut, tensors, strict=True)]
         self._layout = layout
+        return pinned
 
 
 class Staged:

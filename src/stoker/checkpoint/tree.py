@@ -27,17 +27,18 @@ def flatten(tree: Any, path: str = "") -> tuple[Json, dict[str, torch.Tensor]]:
 
 
 def _encode(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Json:
-    def inside(value: Any, key: object) -> Json:
-        return _encode(value, f"{path}/{key}" if path else str(key), tensors)
-
+    if isinstance(node, torch.Tensor | np.ndarray):  # first: a save waits for this, and most leaves are tensors
+        return {"$tensor": _name(_tensor(node, path), path, tensors)}
     if isinstance(node, np.generic):
         node = node.item()
     if isinstance(node, float) and not math.isfinite(node):
         return {"$float": repr(node)}
     if node is None or type(node) in (bool, int, float, str):
         return node
-    if isinstance(node, torch.Tensor | np.ndarray):
-        return {"$tensor": _name(_tensor(node, path), path, tensors)}
+
+    def inside(value: Any, key: object) -> Json:
+        return _encode(value, f"{path}/{key}" if path else str(key), tensors)
+
     if type(node) in _SEQUENCES:
         return [inside(value, i) for i, value in enumerate(node)]
     if type(node) in _TUPLES:

@@ -58,7 +58,10 @@ def _vanishing(module: nn.Module) -> str | None:
 
 def _levels(module: nn.Module) -> set[str]:
     """Paths, as torch spells them, whose last part vanishes."""
-    levels = set()
+    levels: set[str] = set()
+    kinds = tuple(kind for home, name, _ in _WRAPPERS if (kind := getattr(sys.modules.get(home), name, None)))
+    if not any(isinstance(part, kinds) for part in module.modules()):  # as a rule; a save asks several times
+        return levels
     for path, part in module.named_modules(remove_duplicate=False):
         attribute = _vanishing(part)
         if attribute is not None:
