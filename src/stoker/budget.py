@@ -85,6 +85,7 @@ def check_room(store: Store, needed: int, *, resumed: bool) -> Iterator[str]:
             f"cannot write checkpoints to {folder}: {error.strerror or error}",
             remedy="move what is there away, or choose another --out",
         ) from None
+    store.sweep()
     probe, free = folder / ".partial-room", shutil.disk_usage(folder).free
     try:
         _reserve(probe, needed, free)

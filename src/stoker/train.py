@@ -358,8 +358,9 @@ def at_edge(s: Session) -> None:
     progress, limits, limit = s.state.progress, s.limits, at_limit(s)
     ended_epoch = progress.batch == 0
     s.settle()
-    if s.record.failed:
-        s.record.settle()
+    every = limits.checkpoint_every
+    if s.record.failed or (every is not None and progress.step % every == 0):
+        s.record.settle()  # before this step is told of, so that what a kill costs is one interval, not two
     if ended_epoch or limit or progress.step % limits.log_every == 0:
         log_window(s)
     judged = improved = False
@@ -371,7 +372,6 @@ def at_edge(s: Session) -> None:
                 return
             judged, improved = True, judge(s, values)
     progress.finished = progress.finished or limit
-    every = limits.checkpoint_every
     due = s.record.save_is_cheap() and ended_epoch if every is None else progress.step % every == 0
     if (due or improved or progress.finished) and (judged or s.saved_step != progress.step):
         save(s)

@@ -102,6 +102,12 @@ def test_round_trip(run: Path, tmp_path: Path) -> None:
     assert not inside.exists()
 
 
+def test_weights_are_not_looked_for_in_an_archive(run: Path, tmp_path: Path) -> None:
+    archive = pack(run, tmp_path / "run.stoker.zip").path
+    with pytest.raises(stoker.UserError, match=r"a run that `stoker pack` put into one file(.|\n)*stoker unpack"):
+        stoker.load(archive, torch.nn.Linear(1, 1))
+
+
 def test_an_empty_folder_may_be_there_a_full_one_not(run: Path, tmp_path: Path) -> None:
     archive = pack(run, tmp_path / "a.zip").path
     (tmp_path / "empty").mkdir()

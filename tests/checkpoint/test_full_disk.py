@@ -173,6 +173,18 @@ def test_it_fills_up_for_ever(disk: Callable[..., Path], whole: Path, capfd: pyt
     assert_same(whole, out)
 
 
+def test_what_killed_saves_left_behind_takes_no_room(disk: Callable[..., Path], whole: Path) -> None:
+    """A run killed while it looked for room, and in its first save: room for one checkpoint, and more in ruins."""
+    out = disk(8 * ONE) / "run"
+    fit(out, steps=1, epochs=None)
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints" / ".partial-00000002").mkdir(parents=True)
+    (out / "checkpoints" / ".partial-00000002" / "model.safetensors").write_bytes(bytes(6 * ONE))
+    (out / "checkpoints" / ".partial-room").write_bytes(bytes(ONE))
+    assert fit(out).reason == "epochs"
+    assert_same(whole, out)
+
+
 def test_stop(disk: Callable[..., Path], whole: Path) -> None:
     folder = disk(ONE * 6)
     out, last = folder / "run", list[int]()

@@ -158,6 +158,11 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
             remedy=f'where you trust it: python -c "import torch; m = torch.jit.load({path.name!r}); '
             f'torch.save(m.state_dict(), {path.stem + "-weights.pt"!r})"',
         )
+    if {"run.json", "manifest.json"} <= {*names}:
+        raise UserError(
+            f"{path} is a run that `stoker pack` put into one file",
+            remedy=f"stoker unpack {path} DIR, then stoker load DIR",
+        )
     if sum(map(_is_content, names)) != 1:
         raise UserError(
             f"{path} is a zip archive that torch.save did not write: it holds {listed(names) or 'nothing'}",

@@ -195,6 +195,11 @@ class Store:
         for path in paths:  # later steps are the past of a run that went back to this one
             if path not in kept:
                 self._drop(path)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what saves that were killed have left behind. For whoever holds the run, and nobody else."""
+        self.recover()
         for kind in ("dropped", "partial", "replaced"):
             for stray in self.folder.glob(f".{kind}-*"):
                 remove(stray)
