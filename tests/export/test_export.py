@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import stoker
 from stoker.cli.export import FORMATS as OFFERED
@@ -382,6 +382,35 @@ def test_tolerance(found: list[Any], expected: list[Any], fine: bool) -> None:
 def test_a_missing_output_is_wrong() -> None:
     with pytest.raises(Wrong, match="1 outputs instead of 2"):
         difference([torch.zeros(1)], [torch.zeros(1)] * 2)
+
+
+WRAPPED = """
+import torch
+from torch import nn
+
+import stoker
+
+
+def recipe():
+    data = torch.randn(16, 4), torch.arange(16) % 2
+    return stoker.Recipe(
+        model=lambda: torch.compile(nn.Sequential(nn.Linear(4, 2)), backend="eager"),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        train=stoker.Loader(data, 8),
+    )
+"""
+
+
+@pytest.mark.parametrize("format", ["pt", "safetensors"])
+def test_names_are_free_of_wrappers(tmp_path: Path, format: str) -> None:
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    made = load_source(str(tmp_path / "wrapped.py")).recipe({})
+    stoker.fit(made, steps=2, out=tmp_path / "run", quiet=True)
+    path = export(tmp_path / "run", format).path
+    state = torch.load(path, weights_only=True) if format == "pt" else load_file(path)
+    assert set(state) == {"0.weight", "0.bias"}
+    nn.Sequential(nn.Linear(4, 2)).load_state_dict(state)
 
 
 # ------------------------------------------------------------------ the command

@@ -1,6 +1,7 @@
 """A model's state dict as a file that other programs load: pt or safetensors."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from stoker.errors import UserError
 from stoker.export.telling import brief
 from stoker.export.writing import patient, writing
+from stoker.naming import names
 
 
 def write_weights(model: nn.Module, format: str, path: Path) -> str:
@@ -20,7 +22,7 @@ def write_weights(model: nn.Module, format: str, path: Path) -> str:
     Raises:
         UserError: it holds what the format cannot, or reads back as something else.
     """
-    state = model.state_dict()
+    state = names.state_dict(model)
     if format == "pt":
         with writing(path), patient(path) as file:
             torch.save(state, file)
@@ -36,7 +38,9 @@ def write_weights(model: nn.Module, format: str, path: Path) -> str:
             save_file(_apart(state), path, metadata={"format": "pt"})
         load = load_file
     try:
-        found = load(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sparse tensors that might be slow to read
+            found = load(path)
     except Exception as error:
         raise UserError(
             f"{path.name} could not be read back by torch.load(weights_only=True)",
