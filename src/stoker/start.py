@@ -306,6 +306,9 @@ class Started:
     def _see_through(self) -> None:
         """Let a save finish that was being written when something else failed."""
         try:
+            name = self.folder.copied()
+            if name is not None:
+                self.console.note(f"parameter {name} was not finite before that, so the last save was not written")
             self.folder.settle(last=True)
         except UserError as second:
             self.console.note(str(second))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # optimizers import it: once here instead of once in every child
+from torch import nn
 
 import stoker
 from stoker.checkpoint.store import Snapshot, Store, read
@@ -81,6 +82,52 @@ def test_what_is_written_is_the_state_at_that_step(tmp_path: Path, monkeypatch: 
         carried = next(iter(found.state["carry"].values()))
         assert (carried is None) == (then["carry"] is None)
         assert carried is None or torch.equal(carried["seen"], then["carry"]["seen"])
+
+
+class Spoils(torch.optim.SGD):
+    """Its sixth step leaves a weight that is no number, behind a loss that was one."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        self.steps += 1
+        if self.steps == 6:
+            self.param_groups[0]["params"][0].data[0, 0] = float("nan")
+
+
+def picky(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss that fails on what is no number."""
+    if output.isnan().any():
+        raise RuntimeError("no such thing")
+    return nn.functional.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize("steps", [6, 20], ids=["in the last step", "on the way"])
+@pytest.mark.parametrize("every", [2, 3])
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, steps: int, every: int) -> None:
+    recipe = spoiled(nn.CrossEntropyLoss())
+    with pytest.raises(stoker.UserError, match=r"parameter 0\.weight is not finite in step 6 "):
+        stoker.fit(recipe, steps=steps, checkpoint_every=every, keep=9, out=tmp_path / "out", quiet=True)
+    checkpoints = [read(path) for path in Store(tmp_path / "out" / "checkpoints").all()]
+    assert [found.step for found in checkpoints] == list(range(every, 6, every))
+    assert all(tensor.isfinite().all() for found in checkpoints for tensor in found.model.values())
+
+
+def test_a_step_that_fails_on_them_comes_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="no such thing"):
+        stoker.fit(spoiled(picky), steps=20, checkpoint_every=2, keep=9, out=tmp_path / "out", quiet=True)
+    assert "parameter 0.weight was not finite before that" in capfd.readouterr().err
+    assert [read(path).step for path in Store(tmp_path / "out" / "checkpoints").all()] == [2, 4]
+
+
+def spoiled(loss: Any) -> stoker.Recipe:
+    return stoker.Recipe(
+        model=lambda: nn.Sequential(nn.Linear(3, 2)),
+        loss=loss,
+        optimizer=lambda params: Spoils(params, lr=0.1),
+        train=stoker.Loader((torch.randn(40, 3), torch.arange(40) % 2), 4),
+    )
 
 
 # ------------------------------------------------------------------ SIGKILL while saving
